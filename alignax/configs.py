@@ -1,0 +1,169 @@
+"""Config sections with every legal key: experiment files start from these, and `train.run` checks against them.
+
+A run is `stages`, a tuple of names, each naming a section of the config. Sections are `train`, `sample` or
+`evaluate` stages. An unknown key anywhere is refused before any work starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from ml_collections import ConfigDict
+
+from alignax import losses
+from alignax.models import DecoderConfig
+from alignax.types import ConfigError
+
+
+def loss_section(name: str, **hyper) -> ConfigDict:
+    """`{name, **defaults}` of a loss from its signature; `hyper` overrides. Raises ConfigError on unknown keys."""
+    loss = losses.get(name, **hyper)
+    return ConfigDict({"name": name, **loss.hyper})
+
+
+def optim_section(**over) -> ConfigDict:
+    """The optimiser: optax's name, learning rate, schedule, warm-up, clipping, and `options` in optax's words."""
+    section = ConfigDict(dict(name="adamw", learning_rate=1e-4, schedule="constant", warmup_steps=0, clip_norm=1.0))
+    section.options = ConfigDict(over.pop("options", {}))
+    section.update(over)
+    return section
+
+
+def train_stage(loss: str = "dpo", *, hyper=None, optim=None, data=None, **over) -> ConfigDict:
+    """A stage that trains on records until `steps` (or `epochs`, when steps is 0).
+
+    data.path: a .jsonl/.jsonl.gz file, `stage:NAME` (pairs made by a sample stage) or `builtin:stories`.
+    init: `previous`, `model` (the run's starting parameters) or a stage's name. reference: frozen, precomputed, none.
+    truncation: error, drop, left, right. shapes: `global` (one shape) or `batch` (a multiple of bucket_multiple).
+    """
+    requests = losses.get(loss).requests
+    stage = ConfigDict(dict(
+        kind="train", init="previous", steps=0, epochs=1, batch_size=32, accumulation=1,
+        reference="frozen" if any("ref" in r for r in requests) else "none", layout="padded",
+        max_prompt=0, max_completion=0, max_length=0, truncation="error", shapes="global", bucket_multiple=8,
+        eval_every=50, log_every=10, checkpoint_every=100, keep_best=0, compile_budget=8, records_in_log=4))
+    stage.data = ConfigDict(dict(path="builtin:stories", eval_path="", eval_records=256, max_records=0,
+                                 on_identical="drop", **{}))
+    stage.data.update(data or {})
+    stage.loss = loss_section(loss, **(hyper or {}))
+    stage.optim = optim_section(**(optim or {}))
+    stage.update(over)
+    return stage
+
+
+def sample_stage(**over) -> ConfigDict:
+    """A stage that samples K completions per prompt, scores them, and writes pairs labelled by Bradley-Terry.
+
+    prompts: a file of prompt records, `builtin:stories` or `builtin:openings`. pairs: best_worst, random, all.
+    label_scale: the chosen one wins with probability sigmoid(scale * score difference). unseen: how many of the K
+    completions are kept out of the pairs, to be watched during training.
+    """
+    stage = ConfigDict(dict(
+        kind="sample", policy="previous", prompts="builtin:stories", num_prompts=256, num_samples=8, unseen=1,
+        max_new_tokens=48, temperature=1.0, top_p=1.0, batch_size=64, reward="lexicon", pairs="best_worst",
+        label_scale=1.0, max_prompt=0, seed_offset=0))
+    stage.update(over)
+    return stage
+
+
+def evaluate_stage(**over) -> ConfigDict:
+    """A stage that samples held-out prompts from every policy and from the baseline, and compares them.
+
+    The result names the first policy with win rate >= target_win_rate at <= target_kl nats, else the best one.
+    """
+    stage = ConfigDict(dict(
+        kind="evaluate", policies=(), baseline="", prompts="builtin:stories", num_prompts=512, max_new_tokens=48,
+        temperature=1.0, top_p=1.0, batch_size=128, reward="lexicon", target_win_rate=0.85, target_kl=8.0,
+        examples=4, max_prompt=0))
+    stage.update(over)
+    return stage
+
+
+def base(**over) -> ConfigDict:
+    """The run's own keys, with an empty list of stages."""
+    config = ConfigDict(dict(seed=0, stages=(), tokenizer="", deterministic=False, profile_steps=(0, 0)))
+    config.model = model_section()
+    config.mesh = ConfigDict(dict(data=0, fsdp=1, tensor=1))
+    config.text = ConfigDict(dict(add_bos=True, eos_id=-1))
+    config.update(over)
+    return config
+
+
+def model_section(**over) -> ConfigDict:
+    """A decoder: `path` to a Hugging Face folder, or a shape for random parameters (vocab_size 0: the tokenizer's)."""
+    section = ConfigDict(dict(
+        path="", vocab_size=0, hidden_size=96, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_dim=24, rope_theta=10000.0, rms_norm_eps=1e-5, tie_embeddings=True, max_positions=512, remat="none",
+        head_megabytes=64))
+    section.update(over)
+    return section
+
+
+def decoder_config(section: ConfigDict, vocab_size: int) -> DecoderConfig:
+    """The decoder's shape from a model section without a path."""
+    shape = {k: v for k, v in section.items() if k not in ("path", "remat", "head_megabytes")}
+    shape["vocab_size"] = shape["vocab_size"] or vocab_size
+    return DecoderConfig(**shape)
+
+
+_TEMPLATES = {"train": train_stage, "sample": sample_stage, "evaluate": evaluate_stage}
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses a config with unknown keys, stages or losses, listing the legal ones. Starts no work."""
+    stages = tuple(config.get("stages", ()))
+    _check_keys(config, set(base()) | set(stages), "config")
+    _check_keys(config.model, set(model_section()), "config.model")
+    _check_keys(config.mesh, {"data", "fsdp", "tensor"}, "config.mesh")
+    _check_keys(config.text, {"add_bos", "eos_id"}, "config.text")
+    if not stages:
+        raise ConfigError("config.stages is empty; it lists the stages of the run in order")
+    if len(set(stages)) != len(stages):
+        raise ConfigError(f"config.stages={stages} names a stage twice")
+    for index, name in enumerate(stages):
+        where = f"config.{name}"
+        if name not in config:
+            raise ConfigError(f"config.stages names {name!r}, but there is no section {where}")
+        stage = config[name]
+        if stage.get("kind") not in _TEMPLATES:
+            raise ConfigError(f"{where}.kind={stage.get('kind')!r}; allowed: {', '.join(_TEMPLATES)}")
+        _check_keys(stage, set(_TEMPLATES[stage.kind]()), where)
+        for key in ("init", "policy", "baseline"):
+            if key in stage and stage[key] not in ("previous", "model", "") + stages[:index]:
+                raise ConfigError(f"{where}.{key}={stage[key]!r} is not an earlier stage; allowed: previous, model, "
+                                  f"{', '.join(stages[:index])}")
+        for policy in stage.get("policies", ()):
+            if policy not in stages[:index]:
+                raise ConfigError(f"{where}.policies names {policy!r}; allowed: {', '.join(stages[:index])}")
+        if stage.kind == "train":
+            _check_train(stage, where)
+
+
+def _check_train(stage: ConfigDict, where: str) -> None:
+    _check_keys(stage.data, set(train_stage().data), f"{where}.data")
+    _check_keys(stage.optim, set(optim_section()), f"{where}.optim")
+    try:
+        losses.get(stage.loss.name, **{k: v for k, v in stage.loss.items() if k != "name"})
+    except ConfigError as error:
+        raise ConfigError(f"{where}.loss: {error}") from error
+    _one_of(stage, "truncation", ("error", "drop", "left", "right"), where)
+    _one_of(stage, "layout", ("padded", "shared_prefix"), where)
+    _one_of(stage, "shapes", ("global", "batch"), where)
+    if stage.batch_size < 1 or stage.accumulation < 1 or stage.batch_size % stage.accumulation:
+        raise ConfigError(f"{where}.batch_size={stage.batch_size} must be a positive multiple of "
+                          f"{where}.accumulation={stage.accumulation}")
+    if stage.steps <= 0 and stage.epochs <= 0:
+        raise ConfigError(f"{where}.steps={stage.steps} and {where}.epochs={stage.epochs}: one must be positive")
+
+
+def _one_of(stage: ConfigDict, key: str, allowed: tuple[str, ...], where: str) -> None:
+    if stage[key] not in allowed:
+        raise ConfigError(f"{where}.{key}={stage[key]!r}; allowed: {', '.join(allowed)}")
+
+
+def _check_keys(section: ConfigDict, legal: set[str], where: str) -> None:
+    for key in section:
+        if key not in legal:
+            near = difflib.get_close_matches(key, sorted(legal), 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{where}.{key} is not a key{hint}; allowed: {', '.join(sorted(legal))}")

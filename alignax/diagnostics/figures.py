@@ -1,0 +1,226 @@
+"""Figures of a run, written as PNG files: training curves, displacement, and the reward-KL frontier.
+
+Functions of plain numbers. They draw on canvases of their own with matplotlib's Agg backend: no global pyplot state,
+no display, no figure left open. Every function creates the file's folder where needed and returns the path.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from alignax.diagnostics.compare import best_of_n_kl, best_of_n_win_rate
+
+# Okabe and Ito's palette: told apart by readers with any colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_INK, _MUTED, _GRID = "#222222", "#6b6b6b", "#e4e4e4"
+_DPI = 150
+
+
+def _axes(figure: Figure, *place: int) -> Axes:
+    """Axes with an open frame, a faint grid behind the data and muted ticks."""
+    axes = figure.add_subplot(*place)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_MUTED)
+    axes.grid(True, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_MUTED, labelsize=9)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    return axes
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> Path:
+    """Write the figure as PNG."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=_DPI)
+    return path
+
+
+def _number(value) -> float | None:
+    """`value` as float where it is a number (bools are not), else None."""
+    if isinstance(value, (bool, np.bool_, str)) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def training_curves(
+    history: Sequence[Mapping[str, object]], path: str | os.PathLike, *, keys: Sequence[str] | None = None
+) -> Path:
+    """One small panel per metric over the update step.
+
+    history: rows of metrics.jsonl, each with `step` and numbers under other names; a row need not have every metric,
+    and values that are not numbers are left out. keys: the metrics to draw, in order (default: all, as first met).
+    Non-finite values leave a gap, and the panel says how many there are.
+    Raises ValueError where there is nothing to draw, a row lacks `step`, or a key is in no row.
+    """
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for index, row in enumerate(history):
+        step = _number(row.get("step"))
+        if step is None:
+            raise ValueError(f"history[{index}] needs a number under 'step', found {row.get('step')!r}")
+        for key, value in row.items():
+            value = _number(value)
+            if key != "step" and value is not None:
+                steps, values = curves.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(value)
+    missing = [key for key in keys or () if key not in curves]
+    if missing:
+        raise ValueError(f"no row of history has {missing}; it has {sorted(curves)}")
+    names = list(keys or curves)
+    if not names:
+        raise ValueError(f"history has no metric to draw in its {len(history)} rows")
+
+    columns = min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(3.9 * columns, 2.5 * lines + 0.2), layout="constrained")
+    for index, name in enumerate(names):
+        axes = _axes(figure, lines, columns, index + 1)
+        steps, values = np.array(curves[name][0]), np.array(curves[name][1])
+        finite = np.isfinite(values)
+        axes.plot(steps, np.where(finite, values, np.nan), color=_COLOURS[0], linewidth=1.5,
+                  marker="o" if len(steps) < 3 else None, markersize=4)
+        axes.set_title(name, fontsize=10, loc="left", color=_INK)
+        if not finite.all():
+            axes.text(0.98, 0.95, f"{(~finite).sum()} of {finite.size} values not finite", fontsize=8,
+                      color=_COLOURS[1], ha="right", va="top", transform=axes.transAxes)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if index + columns >= len(names):
+            axes.set_xlabel("update step")
+    return _save(figure, path)
+
+
+def _spread(wanted: list[float], gap: float) -> list[float]:
+    """Move label heights apart until neighbours are at least `gap` apart, keeping their order and their mean."""
+    order = np.argsort(wanted, kind="stable")
+    heights = np.array(wanted, dtype=float)[order]
+    clusters = [[h, 1] for h in heights]  # (mean height, labels); touching clusters merge around their mean
+    merged: list[list[float]] = []
+    for mean, count in clusters:
+        merged.append([mean, count])
+        while len(merged) > 1 and merged[-1][0] - merged[-2][0] < gap * (merged[-1][1] + merged[-2][1]) / 2:
+            (m1, c1), (m2, c2) = merged[-2], merged[-1]
+            merged[-2:] = [[(m1 * c1 + m2 * c2) / (c1 + c2), c1 + c2]]
+    placed = [mean + gap * (i - (count - 1) / 2) for mean, count in merged for i in range(int(count))]
+    result = np.empty(len(wanted))
+    result[order] = placed
+    return result.tolist()
+
+
+def displacement(
+    steps, series: Mapping[str, object], baseline, path: str | os.PathLike, *, per: str = "sequence"
+) -> Path:
+    """How the policy's log-likelihood of different completions moves while it trains.
+
+    steps: [S]. series: name -> [S], the mean over completions of log pi(y|x) - log ref(y|x), in nats; usually
+    `chosen`, `rejected` and `unseen`. baseline: [S] or a scalar, -KL(ref || policy), in nats: the mean of the same
+    quantity over samples of the reference, so what every typical completion loses merely because the policy has
+    moved; a series below it is pushed down, one above it is held up. None draws no baseline. per: what one value
+    is summed over, for the axis label. Raises ValueError where a length differs from that of `steps`.
+    """
+    steps = np.asarray(steps, dtype=float)
+    lines = {name: np.asarray(values, dtype=float) for name, values in series.items()}
+    if baseline is not None:
+        level = np.asarray(baseline, dtype=float)
+        lines["−KL(ref ‖ policy)"] = np.full(steps.shape, level) if level.ndim == 0 else level
+    if steps.ndim != 1 or steps.size == 0 or not lines:
+        raise ValueError(f"need steps [S] and at least one series, found shape {list(steps.shape)} and {list(lines)}")
+    for name, values in lines.items():
+        if values.shape != steps.shape:
+            raise ValueError(f"{name!r} has shape {list(values.shape)}, steps have {list(steps.shape)}")
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = _axes(figure, 1, 1, 1)
+    axes.axhline(0.0, color=_MUTED, linewidth=0.8)
+    labels = []
+    for index, (name, values) in enumerate(lines.items()):
+        base = baseline is not None and index == len(lines) - 1
+        colour = _INK if base else _COLOURS[index % len(_COLOURS)]
+        axes.plot(steps, values, color=colour, linewidth=1.6 if base else 2.0, linestyle="--" if base else "-",
+                  marker="o" if steps.size < 3 else None, markersize=4)
+        ends = values[np.isfinite(values)]
+        labels.append((name, colour, float(ends[-1]) if ends.size else 0.0))
+    axes.set_xlabel("update step")
+    axes.set_ylabel(f"log π(y|x) − log ref(y|x)  (nats per {per})")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.margins(x=0.01)
+    low, high = axes.get_ylim()
+    heights = _spread([end for _, _, end in labels], 0.055 * (high - low))
+    for (name, colour, _), height in zip(labels, heights, strict=True):
+        # Axes fraction across, data units up: the label stands just outside the frame, beside its line's end.
+        axes.text(1.01, height, name, color=colour, fontsize=9.5, va="center", clip_on=False,
+                  transform=axes.get_yaxis_transform())
+    return _save(figure, path)
+
+
+def frontier(points: Sequence[Mapping[str, object]], path: str | os.PathLike) -> Path:
+    """Win rate against the reference over the KL spent for it, beside the curve of best-of-n sampling.
+
+    points: dicts with `kl` (nats per sequence), `kl_se`, `win_rate`, `lo`, `hi` (a 95% interval) and `label`. The KL
+    is drawn with 1.96 standard errors each way. The curve is (log n - (n-1)/n, n/(n+1)) for real n >= 1, marked at
+    powers of two: what best-of-n sampling from the reference reaches under the same judge where no samples tie.
+    Raises ValueError where a point lacks a key or holds a number that is not finite, or an interval that does not
+    hold its rate.
+    """
+    kl_max = 0.0
+    for index, point in enumerate(points):
+        values = {}
+        for key in ("kl", "kl_se", "win_rate", "lo", "hi"):
+            values[key] = _number(point.get(key))
+            if values[key] is None or not math.isfinite(values[key]):
+                raise ValueError(f"points[{index}][{key!r}] must be a finite number, found {point.get(key)!r}")
+        if "label" not in point:
+            raise ValueError(f"points[{index}] needs a 'label'; it has {sorted(point)}")
+        if not values["lo"] <= values["win_rate"] <= values["hi"]:
+            raise ValueError(f"points[{index}] needs lo <= win_rate <= hi, found {values}")
+        kl_max = max(kl_max, values["kl"] + 1.96 * values["kl_se"])
+    limit = 1.12 * max(kl_max, 1.7)  # at least up to n = 8 or so
+
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = _axes(figure, 1, 1, 1)
+    axes.axhline(0.5, color=_MUTED, linewidth=0.8)
+    n = np.exp(np.linspace(0.0, limit + 1.0, 600))  # log n - 1 < KL: reaches past the limit
+    axes.plot(best_of_n_kl(n), best_of_n_win_rate(n), color=_MUTED, linewidth=1.5, zorder=2)
+    marks = 2.0 ** np.arange(0, math.floor((limit + 1.0) / math.log(2.0)) + 1)
+    marks = marks[best_of_n_kl(marks) <= limit]
+    axes.plot(best_of_n_kl(marks), best_of_n_win_rate(marks), "o", color="white", markeredgecolor=_MUTED, markersize=5,
+              zorder=2)
+    # Beyond n = 64 neighbours are log 2 nats apart on a nearly flat line: label every other mark, then every fourth.
+    for exponent, mark in enumerate(marks):
+        if exponent <= 4 or (exponent <= 10 and exponent % 2 == 0) or exponent % 4 == 0:
+            text = f"best of n = {mark:.0f}" if exponent == 0 else f"{mark:.0f}" if exponent <= 10 else f"2^{exponent}"
+            axes.annotate(text, (best_of_n_kl(mark), best_of_n_win_rate(mark)), xytext=(0, 7),
+                          textcoords="offset points", fontsize=8, color=_MUTED, ha="center", va="bottom")
+
+    left = min([0.0, *(float(p["kl"]) - 1.96 * float(p["kl_se"]) for p in points)])
+    for index, point in enumerate(points):
+        colour = _COLOURS[index % len(_COLOURS)]
+        kl, rate = float(point["kl"]), float(point["win_rate"])
+        axes.errorbar(kl, rate, xerr=1.96 * float(point["kl_se"]),
+                      yerr=[[rate - float(point["lo"])], [float(point["hi"]) - rate]],
+                      fmt="o", color=colour, markersize=6, elinewidth=1.2, capsize=2.5, zorder=3)
+        beyond = kl > 0.8 * limit  # no room to the right of the last points
+        axes.annotate(str(point["label"]), (kl, rate), xytext=(-7 if beyond else 7, -6), textcoords="offset points",
+                      fontsize=9.5, color=colour, ha="right" if beyond else "left", va="top", zorder=4)
+    axes.set_xlim(left - 0.05 * limit, limit)
+    lowest = min([0.5, *(float(p["lo"]) for p in points)])
+    axes.set_ylim(max(-0.02, lowest - 0.05), 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("KL(policy ‖ ref) on samples of the policy  (nats per sequence)")
+    axes.set_ylabel("win rate against the reference  (ties count half)")
+    return _save(figure, path)

@@ -1,0 +1,74 @@
+"""Tables of evaluation results for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.table import Table
+
+_ABSENT = "–"
+
+
+def _format(value: float | int | None, digits: int, sign: bool = False) -> str:
+    """A number with `digits` decimals (integers without), or a dash where there is none."""
+    if value is None:
+        return _ABSENT
+    plus = "+" if sign else ""
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:{plus}}"
+    return f"{value:{plus}.{digits}f}"
+
+
+def _aligned(texts: list[str]) -> list[str]:
+    """Pad to one width with the decimal points in one column."""
+    whole = max((len(text.partition(".")[0]) for text in texts), default=0)
+    padded = [" " * (whole - len(text.partition(".")[0])) + text for text in texts]
+    width = max((len(text) for text in padded), default=0)
+    return [text.ljust(width) for text in padded]
+
+
+def before_after(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    title: str = "before and after",
+    units: Mapping[str, str] | None = None,
+    digits: int = 3,
+) -> Table:
+    """A table with one row per metric: before, after, and the change.
+
+    before, after: metric -> number (numpy scalars are fine). Rows follow `before`, then what only `after` has; a
+    metric that one side lacks shows a dash there and no change. units: metric -> unit, shown in a column of its own
+    where any is given. digits: decimals of non-integer numbers; decimal points are aligned in each column.
+    Raises ValueError where `units` names a metric that neither side has.
+    """
+    units = dict(units or {})
+    names = list(before) + [name for name in after if name not in before]
+    unknown = [name for name in units if name not in names]
+    if unknown:
+        raise ValueError(f"units given for {unknown}, which are not metrics; the metrics are {names}")
+
+    def number(source: Mapping[str, float], name: str) -> float | int | None:
+        value = source.get(name)
+        return value.item() if hasattr(value, "item") else value
+
+    rows = [(number(before, name), number(after, name)) for name in names]
+    changes = [None if old is None or new is None else new - old for old, new in rows]
+    columns = [
+        _aligned([_format(old, digits) for old, _ in rows]),
+        _aligned([_format(new, digits) for _, new in rows]),
+        _aligned([_format(change, digits, sign=True) for change in changes]),
+    ]
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    # Padded texts keep their alignment only when justified left: rich strips trailing spaces before it pads.
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="left", no_wrap=True)
+    if units:
+        table.add_column("unit", no_wrap=True)
+    for row, name in enumerate(names):
+        cells = [name, *(column[row] for column in columns)]
+        table.add_row(*cells, *([units.get(name, "")] if units else []))
+    return table

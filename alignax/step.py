@@ -1,0 +1,298 @@
+"""The jitted update: requests in, exact gradients out.
+
+The loss's positional names decide what is computed. With accumulation the gradient stays exact for every loss,
+also for one that couples the whole batch, by two passes: all log-probs without gradient; the cotangent of the loss
+on the global [B,K] or [B,K,L] arrays; vector-Jacobian products with it, summed over micro-batches. The second pass
+recomputes the forward; the gain is that a micro-batched step equals the full one for any loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alignax.losses import Loss
+from alignax.models import DecoderConfig, forward, head, last_token_positions, scalar_head
+from alignax.ops.head import head_stats
+from alignax.ops.reductions import reduce_terms
+from alignax.types import REQUESTS, Batch, Stream
+
+_HEAD_STATS = {"logps": "logp", "token_logps": "logp", "entropy": "entropy", "log_sum_sq": "log_sum_sq"}
+_PAIR_STATS = {"ref_policy_kl": "kl_other_policy", "policy_ref_kl": "kl_policy_other"}
+_SUMS = ("logps", "ref_logps", "kl_logps", "kl_ref_logps")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What a forward pass needs besides parameters: the decoder's shape, remat policy, logits' byte budget,
+    and the temperature that divides the logits of policy and reference alike."""
+
+    config: DecoderConfig
+    remat: str = "none"
+    byte_budget: int = 64_000_000
+    temperature: float = 1.0
+
+
+class TrainState(NamedTuple):
+    """Everything an update changes. params: {"model": decoder, "reward_head": ... where there is one}."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    loss_state: Any
+
+
+def gather_slots(hidden: jax.Array, stream: Stream) -> jax.Array:
+    """hidden [R,T,D] -> [B,K,L,D]: the hidden state that predicts each slot, gathered inside each row group."""
+    return gather_at(hidden, stream, stream.row, stream.col)
+
+
+def gather_at(hidden: jax.Array, stream: Stream, row: jax.Array, col: jax.Array) -> jax.Array:
+    """hidden [R,T,D] at (row, col) [B,...], rows counted inside the group of the prompt -> [B,...,D]."""
+    groups, (rows, columns, width) = stream.groups, hidden.shape
+    grouped = hidden.reshape(groups, rows // groups, columns, width)
+    index = (groups, row.shape[0] // groups) + row.shape[1:]
+    out = jax.vmap(lambda h, r, c: h[r, c])(grouped, row.reshape(index), col.reshape(index))
+    return out.reshape(row.shape + (width,))
+
+
+def _slots(spec: ModelSpec, params, stream: Stream) -> tuple[jax.Array, jax.Array]:
+    hidden = forward(spec.config, params["model"], stream.tokens, stream.segment, stream.prefix, stream.position,
+                     remat=spec.remat)
+    return hidden, gather_slots(hidden, stream)
+
+
+def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[str], *, key=None,
+            state=None) -> dict[str, Any]:
+    """Computes the requests `wanted` (names of types.REQUESTS), sharing passes, and nothing else.
+
+    params, ref_params: parameter trees ({"model": ...}); ref_params is None where the rule has no reference copy,
+    and `ref_logps` then comes from batch.data. Log-probs outside the mask are 0. Returns name -> array.
+    Raises KeyError when a request has neither a reference copy nor data (reference.check refuses that earlier).
+    """
+    wanted = set(wanted)
+    out: dict[str, Any] = {}
+    for stream_name in sorted({REQUESTS[n].stream for n in wanted}):
+        names = {n for n in wanted if REQUESTS[n].stream == stream_name}
+        policy = {n for n in names if REQUESTS[n].provider == "policy"} | (names & _PAIR_STATS.keys())
+        reference = {n for n in names if REQUESTS[n].provider == "reference"}
+        if ref_params is None:
+            for name in sorted(reference & batch.data.keys()):
+                out[name] = batch.data[name]
+            reference -= batch.data.keys()
+            if reference:
+                raise KeyError(f"no reference to compute {sorted(reference)} from")
+        if not (policy or reference or "rewards" in names):
+            continue
+        stream = batch.streams[stream_name]
+        mask = stream.mask
+        ref = None
+        if reference:
+            ref = jax.lax.stop_gradient((_slots(spec, ref_params, stream)[1], head(spec.config, ref_params["model"])))
+        if policy or "rewards" in names:
+            hidden, slots = _slots(spec, params, stream)
+            if "rewards" in names:
+                last = gather_at(hidden, stream, *last_token_positions(stream))
+                out["rewards"] = jnp.where(stream.valid, scalar_head(params["reward_head"], last), 0.0)
+        if policy:
+            needed = {_stat(n): None for n in sorted(policy)}
+            stats = head_stats(slots, head(spec.config, params["model"]), stream.targets, want=tuple(needed),
+                               other=ref if policy & _PAIR_STATS.keys() else None,
+                               temperature=spec.temperature, byte_budget=spec.byte_budget)
+            for name in policy:
+                out[name] = _masked(name, stats[_stat(name)], mask)
+        plain = reference - _PAIR_STATS.keys()
+        if plain:
+            stats = head_stats(*ref, stream.targets, want=("logp",), temperature=spec.temperature,
+                               byte_budget=spec.byte_budget)
+            for name in plain:
+                out[name] = _masked(name, stats["logp"], mask)
+    stream = batch.streams["pair"]
+    for name in wanted - out.keys():
+        provider = REQUESTS[name].provider
+        if name == "lengths":
+            out[name] = stream.mask.sum(-1).astype(jnp.float32)
+        elif name == "mask":
+            out[name] = stream.mask
+        elif name == "valid":
+            out[name] = stream.valid
+        elif provider == "data":
+            out[name] = batch.data[name]
+        elif provider == "key":
+            out[name] = key
+        elif provider == "state":
+            out[name] = state
+    return out
+
+
+def _stat(name: str) -> str:
+    return _HEAD_STATS.get(name) or _PAIR_STATS.get(name) or "logp"
+
+
+def _masked(name: str, values: jax.Array, mask: jax.Array) -> jax.Array:
+    values = jnp.where(mask, values, 0.0)
+    return values.sum(-1) if name in _SUMS else values
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B/parts, ...] on every leaf, so that `lax.scan` sees micro-batches."""
+
+    def cut(leaf):
+        return leaf.reshape((parts, leaf.shape[0] // parts) + leaf.shape[1:])
+
+    streams = {name: dataclasses.replace(jax.tree.map(cut, s), groups=s.groups // parts)
+               for name, s in batch.streams.items()}
+    return Batch(streams=streams, data=jax.tree.map(cut, dict(batch.data)), ids=cut(batch.ids))
+
+
+def preference_metrics(inputs: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """(sum, count) metrics of any batch whose log-probs were computed; those of a pair where K >= 2.
+
+    Log-probs in nats per sequence; `margin` is the difference of log-ratios (of log-probs without a reference),
+    `accuracy` the share of pairs whose margin is above 0, ties counted half.
+    """
+    out: dict[str, tuple[jax.Array, jax.Array]] = {}
+    if "rewards" in inputs and inputs["rewards"].shape[1] >= 2:
+        margin = inputs["rewards"][:, 0] - inputs["rewards"][:, 1]
+        _pair(out, margin)
+    logps = inputs.get("logps")
+    if logps is None and "token_logps" in inputs:
+        logps = inputs["token_logps"].sum(-1)
+    if logps is None:
+        return out
+    ref = inputs.get("ref_logps")
+    if ref is None and "ref_token_logps" in inputs:
+        ref = inputs["ref_token_logps"].sum(-1)
+    count = jnp.float32(logps.shape[0])
+    sides = ("chosen", "rejected") if logps.shape[1] >= 2 else ("completion",)
+    for index, side in enumerate(sides):
+        out[f"logp_{side}"] = (logps[:, index].sum(), count)
+        out[f"length_{side}"] = (inputs["lengths"][:, index].sum(), count)
+        if ref is not None:
+            out[f"ref_logp_{side}"] = (ref[:, index].sum(), count)
+            out[f"change_{side}"] = ((logps - ref)[:, index].sum(), count)
+    if len(sides) == 2:
+        ratio = logps if ref is None else logps - ref
+        _pair(out, ratio[:, 0] - ratio[:, 1])
+    return jax.lax.stop_gradient(out)
+
+
+def _pair(out, margin):
+    count = jnp.float32(margin.shape[0])
+    out["margin"] = (margin.sum(), count)
+    out["accuracy"] = (((margin > 0) + 0.5 * (margin == 0)).sum(), count)
+
+
+def make_update(spec: ModelSpec, loss: Loss, optimizer: optax.GradientTransformation, *, accumulation: int = 1):
+    """The update as a pure function, ready for jax.jit.
+
+    Returns update(state, ref_params, batch, hyper, key) -> (state, metrics). `hyper` overrides the loss's float
+    hyper-parameters with traced values, so that equal structures share one program. metrics: (sum, count) pairs,
+    plus `finite` (0 when loss or gradient is not finite; the state is then returned unchanged) and `grad_norm`.
+    """
+    wanted = set(loss.requests) | {"lengths"}
+    differentiable = sorted(n for n in wanted if REQUESTS[n].grad)
+
+    def evaluate_loss(inputs, hyper):
+        out = loss({n: inputs[n] for n in loss.requests}, **hyper)
+        scalar, parts = reduce_terms(out)
+        return scalar, (parts, out)
+
+    def whole(params, ref_params, batch, hyper, key, loss_state):
+        def objective(p):
+            inputs = compute(spec, p, ref_params, batch, wanted, key=key, state=loss_state)
+            scalar, (parts, out) = evaluate_loss(inputs, hyper)
+            return scalar, (inputs, parts, out)
+
+        (scalar, (inputs, parts, out)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return scalar, grads, inputs, parts, out
+
+    def in_parts(params, ref_params, batch, hyper, key, loss_state):
+        micro = split_batch(batch, accumulation)
+        carried = [n for n in wanted if REQUESTS[n].provider not in ("key", "state")]
+
+        def first(carry, part):
+            inputs = compute(spec, params, ref_params, part, carried)
+            return carry, inputs
+
+        _, stacked = jax.lax.scan(first, (), micro)
+        inputs = jax.tree.map(lambda a: a.reshape((-1,) + a.shape[2:]), stacked)
+        inputs |= {n: {"key": key, "state": loss_state}[REQUESTS[n].provider] for n in wanted - set(carried)}
+
+        def of_inputs(active):
+            return evaluate_loss(inputs | active, hyper)
+
+        active = {n: inputs[n] for n in differentiable}
+        (scalar, (parts, out)), cotangent = jax.value_and_grad(of_inputs, has_aux=True)(active)
+        cuts = jax.tree.map(lambda a: a.reshape((accumulation, -1) + a.shape[1:]), cotangent)
+
+        def second(total, part_and_g):
+            part, g = part_and_g
+            _, pull = jax.vjp(lambda p: {n: v for n, v in compute(spec, p, ref_params, part, carried).items()
+                                         if n in g}, params)
+            return jax.tree.map(jnp.add, total, pull(g)[0]), None
+
+        grads, _ = jax.lax.scan(second, jax.tree.map(jnp.zeros_like, params), (micro, cuts))
+        return scalar, grads, inputs, parts, out
+
+    def update(state: TrainState, ref_params, batch: Batch, hyper, key):
+        run = whole if accumulation == 1 else in_parts
+        scalar, grads, inputs, parts, out = run(state.params, ref_params, batch, hyper, key, state.loss_state)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(scalar) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new_loss_state = getattr(out, "new_state", None)
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state,
+                         state.loss_state if new_loss_state is None else new_loss_state)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        one = jnp.float32(1)
+        metrics = preference_metrics(inputs) | {f"loss_{k}": v for k, v in parts.items() if len(parts) > 1}
+        metrics |= dict(getattr(out, "metrics", {}))
+        metrics |= {"loss": (scalar, one), "grad_norm": (norm, one), "finite": (finite.astype(jnp.float32), one),
+                    "tokens": (inputs["lengths"].sum(), one)}
+        return new, metrics
+
+    return update
+
+
+def make_evaluate(spec: ModelSpec, loss: Loss | None, *, diagnostics: tuple[str, ...] = ()):
+    """Forward only: evaluate(params, ref_params, batch, hyper, key, loss_state) -> (metrics, arrays).
+
+    metrics: the loss, preference_metrics and, for each of `diagnostics` (per-token requests such as `entropy` or
+    `ref_policy_kl`), its mean over scored tokens. arrays: the computed requests, unreduced. Running loss state is
+    read and never changed.
+    """
+    wanted = {"lengths", "logps", "mask"} | set(diagnostics) | set(loss.requests if loss else ())
+    if "rewards" in wanted:
+        wanted -= {"logps"}
+
+    def evaluate(params, ref_params, batch: Batch, hyper, key, loss_state):
+        inputs = compute(spec, params, ref_params, batch, wanted, key=key, state=loss_state)
+        metrics = preference_metrics(inputs)
+        if loss is not None:
+            scalar, _ = reduce_terms(loss({n: inputs[n] for n in loss.requests}, **hyper))
+            metrics["loss"] = (scalar * batch.ids.shape[0], jnp.float32(batch.ids.shape[0]))
+        for name in diagnostics:
+            if REQUESTS[name].axes == "BKL":
+                shown = {"ref_policy_kl": "kl_at_data_prefixes"}.get(name, name)
+                metrics[shown] = (inputs[name].sum(), inputs["lengths"].sum())
+        arrays = {n: inputs[n] for n in wanted if REQUESTS[n].provider in ("policy", "reference", "head")}
+        return metrics, arrays
+
+    return evaluate
+
+
+def merge_metrics(parts: Iterable[Mapping[str, tuple]]) -> dict[str, float]:
+    """Adds (sum, count) pairs over batches and divides once, at the end. A count of 0 leaves the metric out."""
+    sums: dict[str, list[float]] = {}
+    for part in parts:
+        for name, (value, count) in jax.device_get(dict(part)).items():
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += float(value)
+            total[1] += float(count)
+    return {name: value / count for name, (value, count) in sums.items() if count}

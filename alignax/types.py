@@ -1,0 +1,156 @@
+"""The words every part shares: axes, the batch, the request table, and what a loss returns.
+
+Axis letters: B prompts, K completions of a prompt, L completion tokens, V vocabulary, D model width,
+R rows and T columns of the token grid, G groups of rows. In a pair, completion 0 is chosen and 1 rejected;
+a list is ordered best first; pointwise data has K = 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the key, the value found and the values allowed."""
+
+
+class DataError(ValueError):
+    """A record that cannot be used; the message names file, line and field."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One set of completions laid out in token rows.
+
+    Rows are cut into G groups of R/G rows that belong to B/G prompts; `row` counts inside the group, so that a
+    batch sharded over groups never gathers across devices. A token attends to the tokens at or before its column
+    whose segment equals its own `segment` or its own `prefix`. Segment 0 is padding.
+
+    tokens, segment, prefix, position: int32 [R, T].
+    row, col: int32 [B, K, L], where the hidden state that predicts slot (b, k, l) stands.
+    targets: int32 [B, K, L], the token to predict. mask: bool [B, K, L], which slots are scored.
+    valid: bool [B, K], which completions exist (ragged K).
+    groups: static int G; divides R and B.
+    """
+
+    tokens: Array
+    segment: Array
+    prefix: Array
+    position: Array
+    row: Array
+    col: Array
+    targets: Array
+    mask: Array
+    valid: Array
+    groups: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one update sees.
+
+    streams: name -> Stream; `pair` is the default, `mismatched` holds KTO's rotated completions.
+    data: name -> array with a leading axis B (`labels` [B,K], `scores` [B,K], `margins` [B], `weights` [B],
+    `ref_logps` [B,K] where precomputed, ...).
+    ids: uint32 [B], the stable record ids.
+    """
+
+    streams: Mapping[str, Stream]
+    data: Mapping[str, Array]
+    ids: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One row of the request table: what a loss may ask for by naming a positional argument.
+
+    provider: data, policy, reference, head, key or state. grad: whether gradients flow through it.
+    stream: the stream it is computed on. passes: forward passes of a model that it needs, as names; equal names
+    are shared between requests. references: the reference rules that can supply it (empty: needs none).
+    """
+
+    name: str
+    axes: str
+    dtype: str
+    provider: str
+    grad: bool = False
+    stream: str = "pair"
+    passes: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    about: str = ""
+
+
+_ANY = ("frozen", "precomputed")
+_SAME_PROGRAM = ("frozen",)
+_POLICY = ("policy",)
+_REF = ("reference",)
+
+REQUESTS: dict[str, Request] = {
+    r.name: r
+    for r in (
+        Request("logps", "BK", "float32", "policy", True, passes=_POLICY,
+                about="sum of the policy's log-probs over completion tokens"),
+        Request("token_logps", "BKL", "float32", "policy", True, passes=_POLICY,
+                about="the policy's log-prob of each completion token"),
+        Request("entropy", "BKL", "float32", "policy", True, passes=_POLICY,
+                about="entropy of the policy's next-token distribution, nats"),
+        Request("log_sum_sq", "BKL", "float32", "policy", True, passes=_POLICY,
+                about="log of the sum of squared next-token probabilities"),
+        Request("ref_logps", "BK", "float32", "reference", passes=_REF, references=_ANY,
+                about="sum of the reference's log-probs over completion tokens"),
+        Request("ref_token_logps", "BKL", "float32", "reference", passes=_REF, references=_SAME_PROGRAM,
+                about="the reference's log-prob of each completion token"),
+        Request("ref_policy_kl", "BKL", "float32", "reference", True, passes=_POLICY + _REF,
+                references=_SAME_PROGRAM, about="KL(ref || policy) over the vocabulary at each slot, nats"),
+        Request("policy_ref_kl", "BKL", "float32", "reference", True, passes=_POLICY + _REF,
+                references=_SAME_PROGRAM, about="KL(policy || ref) over the vocabulary at each slot, nats"),
+        Request("kl_logps", "BK", "float32", "policy", False, "mismatched", ("policy:mismatched",),
+                about="policy log-probs of KTO's mismatched completions, no gradient"),
+        Request("kl_ref_logps", "BK", "float32", "reference", False, "mismatched", ("reference:mismatched",),
+                _SAME_PROGRAM, about="reference log-probs of KTO's mismatched completions"),
+        Request("rewards", "BK", "float32", "head", True, passes=_POLICY,
+                about="scalar reward head at the last completion token"),
+        Request("lengths", "BK", "float32", "data", about="number of scored completion tokens, end token included"),
+        Request("mask", "BKL", "bool", "data", about="which slots hold scored completion tokens"),
+        Request("valid", "BK", "bool", "data", about="which completions exist (ragged K)"),
+        Request("labels", "BK", "float32", "data", about="1 for desirable, 0 for undesirable"),
+        Request("scores", "BK", "float32", "data", about="external score of each completion"),
+        Request("margins", "B", "float32", "data", about="external margin of the pair; 0 where the data has none"),
+        Request("weights", "B", "float32", "data", about="weight of the record; 1 where the data has none"),
+        Request("key", "", "key", "key", about="PRNG key of this update, from the run's seed and the step"),
+        Request("state", "", "pytree", "state", about="running statistics; explicit, checkpointed"),
+    )
+}
+
+
+class Term(NamedTuple):
+    """One additive part of a loss: `scale` times a weighted mean of unreduced `values`.
+
+    values: any of [B], [B,K], [B,K,L], or a scalar for `whole`. weight: same shape or broadcastable; its sum over
+    the global batch is the denominator (it may depend on masks and lengths only, never on parameters).
+    reduction: pairs, sequences, tokens (all: sum(w v) / sum(w)); seq_mean_token_mean (token mean inside each
+    sequence, then mean over sequences that have tokens); fixed_len (sum(w v) / (sequences * L)); whole (a scalar
+    that is already the value over the global batch).
+    """
+
+    values: Array
+    weight: Any = 1.0
+    reduction: str = "pairs"
+    scale: Any = 1.0
+
+
+class Terms(NamedTuple):
+    """What a loss returns when it is more than one array: named terms, metrics as (sum, count), new state."""
+
+    terms: dict[str, Term]
+    new_state: Any = None
+    metrics: dict[str, tuple[Array, Array]] = {}
