@@ -1,0 +1,1 @@
+"""What a method does to the model: comparisons with intervals, tables, and figures."""

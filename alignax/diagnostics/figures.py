@@ -96,8 +96,8 @@ def training_curves(
                   marker="o" if len(steps) < 3 else None, markersize=4)
         axes.set_title(name, fontsize=10, loc="left", color=_INK)
         if not finite.all():
-            axes.text(0.98, 0.95, f"{(~finite).sum()} of {finite.size} values not finite", fontsize=8,
-                      color=_COLOURS[1], ha="right", va="top", transform=axes.transAxes)
+            axes.set_title(f"{(~finite).sum()} of {finite.size} not finite", fontsize=8, loc="right",
+                           color=_COLOURS[1])
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if index + columns >= len(names):
@@ -200,12 +200,14 @@ def frontier(points: Sequence[Mapping[str, object]], path: str | os.PathLike) ->
     marks = marks[best_of_n_kl(marks) <= limit]
     axes.plot(best_of_n_kl(marks), best_of_n_win_rate(marks), "o", color="white", markeredgecolor=_MUTED, markersize=5,
               zorder=2)
-    # Beyond n = 64 neighbours are log 2 nats apart on a nearly flat line: label every other mark, then every fourth.
+    # From n = 16 on neighbours come closer to log 2 nats apart on a nearly flat line: label fewer of them.
     for exponent, mark in enumerate(marks):
-        if exponent <= 4 or (exponent <= 10 and exponent % 2 == 0) or exponent % 4 == 0:
-            text = f"best of n = {mark:.0f}" if exponent == 0 else f"{mark:.0f}" if exponent <= 10 else f"2^{exponent}"
-            axes.annotate(text, (best_of_n_kl(mark), best_of_n_win_rate(mark)), xytext=(0, 7),
-                          textcoords="offset points", fontsize=8, color=_MUTED, ha="center", va="bottom")
+        if 1 <= exponent <= 4 or (4 < exponent <= 10 and exponent % 2 == 0) or (exponent > 10 and exponent % 4 == 0):
+            text = f"n = {mark:.0f}" if exponent == 1 else f"{mark:.0f}" if exponent <= 10 else f"$2^{{{exponent}}}$"
+            axes.annotate(text, (best_of_n_kl(mark), best_of_n_win_rate(mark)), xytext=(6, -3),
+                          textcoords="offset points", fontsize=8, color=_MUTED, ha="left", va="top")
+    axes.annotate("best of n samples", (limit, float(np.interp(limit, best_of_n_kl(n), best_of_n_win_rate(n)))),
+                  xytext=(-2, 6), textcoords="offset points", fontsize=9.5, color=_MUTED, ha="right", va="bottom")
 
     left = min([0.0, *(float(p["kl"]) - 1.96 * float(p["kl_se"]) for p in points)])
     for index, point in enumerate(points):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -71,4 +71,23 @@ def before_after(
     for row, name in enumerate(names):
         cells = [name, *(column[row] for column in columns)]
         table.add_row(*cells, *([units.get(name, "")] if units else []))
+    return table
+
+
+def comparison(baseline: Mapping[str, float], policies: Sequence[Mapping[str, float]], *,
+               title: str = "held-out prompts") -> Table:
+    """The table of an evaluation: one row per policy, the baseline first.
+
+    Each mapping holds policy, gold_reward, win_rate, win_low, win_high, kl_on_policy, kl_se, length, distinct_2,
+    unfinished and prompts, as `alignax.evaluate` makes them. The baseline's win rate against itself is left out.
+    """
+    table = Table(title=f"{title} ({baseline['prompts']})", title_justify="left")
+    table.add_column("policy", no_wrap=True)
+    for heading in ("gold reward", "win rate [95%]", "KL nats (se)", "length", "distinct-2", "unfinished"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in (baseline, *policies):
+        win = "" if row is baseline else f"{row['win_rate']:.3f} [{row['win_low']:.3f}, {row['win_high']:.3f}]"
+        kl = "" if row is baseline else f"{row['kl_on_policy']:.2f} ({row['kl_se']:.2f})"
+        table.add_row(str(row["policy"]), f"{row['gold_reward']:+.2f}", win, kl, f"{row['length']:.1f}",
+                      f"{row['distinct_2']:.3f}", str(row["unfinished"]))
     return table

@@ -91,17 +91,17 @@ def denominator(term: Term) -> jax.Array:
     return weighted_sum_count(term.values, term.weight)[1]
 
 
+_own_denominator = denominator  # `reduce_term` has an argument of that name
+
+
 def reduce_term(term: Term, denominator: Any = None) -> jax.Array:
     """scale * numerator / denominator, a scalar; 0 when the denominator is 0.
 
     denominator: the global one, when `term` is a micro-batch's share (shares then add up to the whole); this term's
     own by default.
     """
-    count = _OWN(term) if denominator is None else _floats(denominator)
+    count = _own_denominator(term) if denominator is None else _floats(denominator)
     return term.scale * _divide(numerator(term), count)
-
-
-_OWN = denominator
 
 
 def as_terms(result: Any) -> dict[str, Term]:

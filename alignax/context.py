@@ -1,0 +1,153 @@
+"""What every stage of a run shares: the model's shape, starting parameters, tokenizer, text policy, devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+import signal
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from alignax import checkpoint, data, models, sharding
+from alignax.step import ModelSpec
+from alignax.types import ConfigError
+
+EXIT_RESUMABLE = 75
+
+
+class Preempted(Exception):
+    """A SIGTERM arrived and everything worth keeping is on disk; the same command resumes the run."""
+
+
+@dataclasses.dataclass
+class Context:
+    """Shared by the stages of one run. `initial` holds the starting parameters, {"model": ...}."""
+
+    workdir: pathlib.Path
+    spec: ModelSpec
+    initial: Any
+    tokenizer: data.Tokenizer
+    text: data.TextPolicy
+    mesh: jax.sharding.Mesh
+    seed: int
+    console: Console
+    stop: Stop
+
+    def stage_dir(self, stage: str) -> pathlib.Path:
+        """The folder of a stage: parameters, pairs, samples, done.json."""
+        return self.workdir / "stages" / stage
+
+    def params_of(self, stage: str) -> Any:
+        """The final parameters of a train stage, or the run's starting ones for `model`, on the mesh."""
+        if stage == "model":
+            return self.place(self.initial)
+        folder = self.stage_dir(stage) / "params"
+        return self.place(checkpoint.load_tree(folder, {"model": self.initial["model"]}))
+
+    def place(self, params: Any) -> Any:
+        """Puts parameters on the mesh by the sharding rules, as copies that nobody else holds."""
+        return jax.tree.map(jnp.copy, jax.device_put(params, sharding.param_shardings(params, self.mesh)))
+
+    def decode(self, ids) -> str:
+        """Text of token ids without the special tokens."""
+        special = {self.text.bos_id, self.text.pad_id, *self.text.eos_ids}
+        return self.tokenizer.decode([int(i) for i in ids if int(i) not in special])
+
+
+class Stop:
+    """Turns SIGTERM into a flag that the loop reads between two steps; a second one ends the process at once."""
+
+    def __init__(self):
+        self.requested = False
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Handles SIGTERM inside the block and restores the former handler after it."""
+
+        def handler(signum, frame):
+            del frame
+            if self.requested:
+                os._exit(128 + signum)
+            self.requested = True
+
+        try:
+            former = signal.signal(signal.SIGTERM, handler)
+        except ValueError:  # not the main thread: signals are the caller's business
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, former)
+
+
+def load_model(model: dict, *, vocab_size: int, seed: int) -> tuple[ModelSpec, Any]:
+    """Decoder and starting parameters from a model section (plain dict): a Hugging Face folder, or random.
+
+    Raises ConfigError for a folder that is missing or a model that alignax does not know.
+    """
+    extra = dict(remat=model["remat"], byte_budget=int(model["head_megabytes"] * 1e6))
+    if model["path"]:
+        path = pathlib.Path(model["path"])
+        if not path.is_dir():
+            raise ConfigError(f"config.model.path={model['path']!r}: no such folder")
+        config, params = models.load(path)
+    else:
+        shape = {k: v for k, v in model.items() if k not in ("path", "remat", "head_megabytes")}
+        shape["vocab_size"] = shape["vocab_size"] or vocab_size
+        config = models.DecoderConfig(**shape)
+        params = models.init_params(config, jax.random.key(seed))
+    return ModelSpec(config, **extra), {"model": params}
+
+
+def load_tokenizer(name: str, model_path: str) -> data.Tokenizer:
+    """`builtin:stories`, a tokenizer file or folder, or (empty) the model's folder."""
+    if name == "builtin:stories" or (not name and not model_path):
+        return data.stories_tokenizer()
+    return data.load_tokenizer(name or model_path)
+
+
+def text_policy(tokenizer: data.Tokenizer, model_path: str, *, add_bos: bool, eos_id: int) -> data.TextPolicy:
+    """The one BOS/EOS policy of the run: ids from the model's generation config, else the tokenizer's own.
+
+    eos_id: which end token is appended; -1 takes the first of the generation config's set.
+    Raises ConfigError when the chosen end token is not in the set.
+    """
+    if model_path:
+        policy = data.load_policy(model_path, eos_id=None if eos_id < 0 else eos_id, first=True)
+    else:
+        policy = data.text_policy(tokenizer)
+    return policy if add_bos else dataclasses.replace(policy, bos_id=None)
+
+
+def fingerprint(tree: Any) -> str:
+    """sha256 over paths, shapes, dtypes and bytes of a tree: equal exactly when the parameters are."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        array = np.asarray(leaf)
+        digest.update(f"{sharding.path_name(path)}{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, for environment.json."""
+    import importlib.metadata
+    import platform
+
+    names = ("alignax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"python": platform.python_version(), "platform": platform.platform(), "packages": versions,
+            "backend": jax.default_backend(), "devices": [str(d) for d in jax.devices()]}

@@ -1,0 +1,399 @@
+"""The only loop: a run is a list of stages, each resumed where it stopped.
+
+Below this file there are plain arguments; above it, a config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from alignax import checkpoint, configs, context, data, evaluate, losses, optim, reference, sample, sharding, step
+from alignax import metrics as metrics_lib
+from alignax.diagnostics import figures
+from alignax.types import REQUESTS, ConfigError, DataError
+
+
+def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | None = None) -> dict[str, Any]:
+    """Runs or resumes all stages of `config` in `workdir`, and returns the contents of result.json.
+
+    A finished run returns at once. Raises ConfigError or DataError before any long work where something cannot
+    work, also when `workdir` holds a run of another config; context.Preempted after SIGTERM, when everything is
+    saved; FloatingPointError at a non-finite step.
+    """
+    console = console or Console()
+    workdir = pathlib.Path(workdir)
+    configs.check(config)
+    plain = json.loads(json.dumps(config.to_dict(), default=list))
+    _claim(workdir, plain)
+    result_path = workdir / "result.json"
+    if result_path.exists():
+        console.print(f"{workdir}: finished already; result.json stands")
+        return json.loads(result_path.read_text(encoding="utf-8"))
+    if config.deterministic and jax.default_backend() == "gpu":
+        _check_deterministic()
+    tokenizer = context.load_tokenizer(config.tokenizer, config.model.path)
+    spec, initial = context.load_model(config.model.to_dict(), vocab_size=tokenizer.vocab_size, seed=config.seed)
+    data.check_vocab(tokenizer, spec.config.vocab_size)
+    text = context.text_policy(tokenizer, config.model.path, **config.text.to_dict())
+    sizes = {k: v for k, v in config.mesh.items() if v}
+    ctx = context.Context(workdir=workdir, spec=spec, initial=initial, tokenizer=tokenizer, text=text,
+                          mesh=sharding.make_mesh(sizes), seed=config.seed, console=console, stop=context.Stop())
+    prepared = {}
+    previous = "model"
+    policy_before = {}
+    for name in config.stages:  # everything that can be refused is refused here
+        policy_before[name] = previous
+        stage = config[name]
+        if stage.kind == "train":
+            reference.check(stage.reference, losses.get(stage.loss.name).requests, where=f"config.{name}.reference")
+            if not stage.data.path.startswith("stage:"):
+                prepared[name] = _records(ctx, name, stage)
+            previous = name
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "config.json").exists():
+        checkpoint.write_json(workdir / "config.json", plain)
+    checkpoint.write_json(workdir / "environment.json", context.environment())
+    (workdir / "figures").mkdir(exist_ok=True)
+    results = {}
+    with ctx.stop.listening():
+        for number, name in enumerate(config.stages):
+            stage, done = config[name], ctx.stage_dir(name) / "done.json"
+            if done.exists():
+                results[name] = json.loads(done.read_text(encoding="utf-8"))
+                continue
+            ctx.stage_dir(name).mkdir(parents=True, exist_ok=True)
+            console.rule(f"[bold]{name}[/] ({stage.kind}, stage {number + 1} of {len(config.stages)})", align="left")
+            began = time.monotonic()
+            if stage.kind == "train":
+                out = _train(ctx, name, stage, policy_before[name], prepared.pop(name, None),
+                             tuple(config.profile_steps))
+            else:
+                plain_stage = stage.to_dict()
+                plain_stage.pop("kind")
+                for key in ("policy", "baseline"):
+                    if plain_stage.get(key) in ("previous", ""):
+                        plain_stage[key] = policy_before[name]
+                out = {"sample": sample.run, "evaluate": evaluate.run}[stage.kind](ctx, name, **plain_stage)
+            results[name] = out | {"seconds": round(time.monotonic() - began, 2)}
+            checkpoint.write_json(done, results[name])
+    summary = {"stages": results}
+    for name in config.stages:
+        if config[name].kind == "evaluate":
+            summary |= results[name]["headline"]
+    checkpoint.write_json(result_path, summary)
+    return summary
+
+
+def _claim(workdir: pathlib.Path, plain: dict) -> None:
+    """Refuses a folder that holds a run of another config, listing the keys that differ."""
+    stored = workdir / "config.json"
+    if not stored.exists():
+        if workdir.exists() and any(workdir.iterdir()):
+            raise ConfigError(f"--workdir={workdir} is not empty and holds no run of alignax; nothing was written")
+        return
+    old = _flat(json.loads(stored.read_text(encoding="utf-8")))
+    new = _flat(plain)
+    differ = sorted(k for k in old.keys() | new.keys() if old.get(k, "absent") != new.get(k, "absent"))
+    if differ:
+        shown = "; ".join(f"{k}: stored {old.get(k, 'absent')!r}, given {new.get(k, 'absent')!r}" for k in differ[:6])
+        raise ConfigError(f"--workdir={workdir} holds a run of another config ({len(differ)} keys differ: {shown}); "
+                          "choose another folder. Nothing was written")
+
+
+def _flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}").items()}
+    return {prefix: tree}
+
+
+def _check_deterministic() -> None:
+    import os
+
+    if "--xla_gpu_deterministic_ops=true" not in os.environ.get("XLA_FLAGS", ""):
+        raise ConfigError("config.deterministic on a GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true")
+
+
+def _records(ctx: context.Context, name: str, stage: ConfigDict) -> tuple[list, list]:
+    """Tokenised (train, eval) records of a stage, and the ledger of what was cut or dropped, printed."""
+    section, where = stage.data, f"config.{name}.data.path"
+    ledger = data.Ledger()
+    limits = dict(max_prompt=stage.max_prompt or None, max_completion=stage.max_completion or None,
+                  max_length=stage.max_length or ctx.spec.config.max_positions, truncation=stage.truncation,
+                  ledger=ledger)
+    if section.path.startswith("stage:"):
+        train, held_out = sample.read_pairs(ctx.stage_dir(section.path[len("stage:"):]), sorted(ctx.text.eos_ids))
+    elif section.path == "builtin:stories":
+        train = data.tokenize_records(data.story_records(seed=ctx.seed, split="train",
+                                                         n=section.max_records or 4000),
+                                      ctx.tokenizer, ctx.text, **limits)
+        held_out = data.tokenize_records(data.story_records(seed=ctx.seed, split="eval",
+                                                            n=max(section.eval_records, 1)),
+                                         ctx.tokenizer, ctx.text, **limits)
+    elif section.path.startswith("builtin:"):
+        raise ConfigError(f"{where}={section.path!r}; allowed: builtin:stories, stage:NAME, or a file")
+    else:
+        read = data.read_jsonl(section.path, on_identical=section.on_identical, ledger=ledger)
+        if section.max_records:
+            read = read[:section.max_records]
+        train = data.tokenize_records(read, ctx.tokenizer, ctx.text, **limits)
+        held_out = []
+        if section.eval_path:
+            held_out = data.tokenize_records(data.read_jsonl(section.eval_path, on_identical=section.on_identical,
+                                                             ledger=ledger), ctx.tokenizer, ctx.text, **limits)
+    if section.max_records:
+        train = train[:section.max_records]
+    held_out = held_out[:section.eval_records]
+    ctx.console.print(ledger.table())
+    if not train:
+        raise DataError(f"{where}={section.path!r}: no record is left to train on; see the table above for why")
+    if len(train) < stage.batch_size:
+        raise DataError(f"{where}={section.path!r}: {len(train)} records are fewer than "
+                        f"config.{name}.batch_size={stage.batch_size}")
+    requests = losses.get(stage.loss.name).requests
+    width = max(len(r.completions) for r in train)
+    if width < 2 and any(q in requests for q in ("margins",)) or (width < 2 and "labels" not in requests
+                                                                  and "logps" in requests):
+        raise DataError(f"{where}={section.path!r}: loss {stage.loss.name!r} compares completions, but the records "
+                        "have one each; use prompt/chosen/rejected or a list of completions")
+    return train, held_out
+
+
+def _first(record: data.TokenRecord) -> data.TokenRecord:
+    """The record with its first completion alone, the chosen one of a pair: what a supervised loss trains on."""
+    return _with_completions(record, record.completions[:1], record.completion_ended[:1])
+
+
+def _with_completions(record, completions, ended):
+    return dataclasses.replace(record, completions=tuple(completions), completion_ended=tuple(ended), scores=None,
+                               labels=None)
+
+
+def _batch(ctx: context.Context, stage: ConfigDict, loss: losses.Loss, records: list, every: list,
+           extra: dict | None = None):
+    """Lays out records. K is the widest of the whole set `every`, so that every batch has one K; with
+    shapes=`global` the token grid is one shape too."""
+    if loss.name == "sft":
+        records, every = [_first(r) for r in records], [_first(r) for r in every]
+    mismatched = any(REQUESTS[q].stream == "mismatched" for q in loss.requests)
+    shaped = every if stage.shapes == "global" else records
+    columns, slots = data.bucket_shape(shaped, stage.bucket_multiple, layout=stage.layout)
+    others = None
+    if mismatched:
+        others = {"mismatched": data.mismatched(records)}
+        # A completion may meet the longest prompt of the batch.
+        longest = max(len(r.prompt) for r in shaped) + sum(sorted(len(c) for r in shaped for c in r.completions)[-2:])
+        columns = max(columns, data.bucket(longest, stage.bucket_multiple))
+    layout = {"padded": data.padded, "shared_prefix": data.shared_prefix}[stage.layout]
+    batch = layout(records, K=max(len(r.completions) for r in every), T=columns, L=slots, pad_id=ctx.text.pad_id,
+                   extra=others)
+    return dataclasses.replace(batch, data={**batch.data, **extra}) if extra else batch
+
+
+def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, prepared, profile_steps) -> dict:
+    """One train stage; returns its result and leaves params/ in the stage's folder."""
+    folder = ctx.stage_dir(name)
+    train, held_out = prepared or _records(ctx, name, stage)
+    loss = losses.get(stage.loss.name, **{k: v for k, v in stage.loss.items() if k != "name"})
+    init = previous if stage.init == "previous" else stage.init
+    params = ctx.params_of(init)
+    if "rewards" in loss.requests:
+        params["reward_head"] = context.models.init_scalar_head(
+            jax.random.fold_in(jax.random.key(ctx.seed), 1), ctx.spec.config.hidden_size)
+    plan = data.Plan(len(train), stage.batch_size, ctx.seed)
+    total = stage.steps or plan.num_steps(stage.epochs)
+    optimizer = optim.make(name=stage.optim.name, learning_rate=stage.optim.learning_rate,
+                           schedule_name=stage.optim.schedule, warmup_steps=stage.optim.warmup_steps,
+                           clip_norm=stage.optim.clip_norm, total_steps=total, **stage.optim.options.to_dict())
+    state = step.TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), loss.init_state())
+    ref = ctx.place(params) if stage.reference == "frozen" else None
+    # Float hyper-parameters travel as arguments, so that strengths of one loss share one program.
+    hyper = {k: jnp.float32(v) for k, v in loss.hyper.items() if isinstance(v, float)}
+    update = jax.jit(step.make_update(ctx.spec, loss, optimizer, accumulation=stage.accumulation), donate_argnums=0)
+    kl = ("ref_policy_kl",) if stage.reference == "frozen" else ()
+    evaluate_fn = jax.jit(step.make_evaluate(ctx.spec, loss, diagnostics=("entropy",) + kl))
+    key = jax.random.key(ctx.seed)
+    cached = None
+    if stage.reference == "precomputed":
+        cached = _precompute(ctx, stage, loss, params, train + held_out, folder)
+
+    def make(records, offset=0, index=None):
+        extra = None
+        if cached is not None:
+            rows = np.asarray(index) if index is not None else offset + np.arange(len(records))
+            extra = {"ref_logps": cached[rows]}
+        return sharding.shard_batch(_batch(ctx, stage, loss, records, train + held_out, extra), ctx.mesh)
+
+    saved = checkpoint.Checkpoints(folder / "checkpoints", keep_best=stage.keep_best)
+    at = 0
+    if (latest := saved.latest()) is not None:
+        state, stored = saved.restore(latest, state)
+        at = plan.resume(stored["plan"])
+        if stored["total"] != total:
+            raise ConfigError(f"{folder}: the checkpoint belongs to a stage of {stored['total']} steps; the config and "
+                              f"data give {total}")
+        ctx.console.print(f"resuming {name} at step {at} of {total}")
+    writer = metrics_lib.MetricWriter(ctx.workdir, name, resume_at=at)
+    probe = _probe_records(ctx, stage, train)
+    best: dict[str, float] = {}
+
+    def evaluate_now(number: int) -> None:
+        nonlocal best
+        if held_out:
+            parts = []
+            ways = ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
+            usable = len(held_out) // ways * ways
+            for start in range(0, usable, stage.batch_size):
+                some = held_out[start:min(start + stage.batch_size, usable)]
+                parts.append(evaluate_fn(state.params, ref, make(some, len(train) + start), hyper,
+                                         jax.random.fold_in(key, 2**31), state.loss_state)[0])
+            best = step.merge_metrics(parts)
+            writer.write(number, best, split="eval")
+        if probe is not None:
+            writer.write(number, _probe(ctx, evaluate_probe, state.params, ref, probe), split="probe")
+
+    evaluate_probe = jax.jit(step.make_evaluate(ctx.spec, None, diagnostics=("ref_logps", "ref_policy_kl")))
+    if probe is not None and ref is None:
+        probe = None
+    if at == 0:
+        evaluate_now(0)
+    began, tokens_done, last_shown = time.monotonic(), 0.0, ""
+    pending = None
+    waiting: list[dict] = []
+
+    def settle(item) -> None:
+        """Reads the metrics of an already dispatched step; stops at a non-finite one."""
+        nonlocal tokens_done, last_shown
+        number, device_metrics, ids = item
+        values = step.merge_metrics([device_metrics])
+        if not values.pop("finite"):
+            saved.wait()
+            raise FloatingPointError(
+                f"{name}: step {number} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}); "
+                f"records {ids}; last good checkpoint: step {saved.latest()} in {saved.folder}")
+        tokens_done += values["tokens"]
+        spent = time.monotonic() - began
+        waiting.append(values)
+        if number % stage.log_every == 0 or number == total:
+            mean = {k: float(np.mean([w[k] for w in waiting if k in w])) for k in waiting[-1]}
+            mean |= {"steps_per_second": (number - at) / spent, "tokens_per_second": tokens_done / spent}
+            writer.write(number, mean)
+            waiting.clear()
+            last_shown = "  ".join(f"{k} {mean[k]:.3f}" for k in ("loss", "accuracy", "margin") if k in mean)
+            last_shown += f"  {mean['steps_per_second']:.1f} steps/s  {mean['tokens_per_second']:.0f} tokens/s"
+            bar.update(task, numbers=last_shown)
+
+    with metrics_lib.progress(ctx.console) as bar:
+        task = bar.add_task(name, total=total, completed=at, numbers="")
+        for number in range(at + 1, total + 1):
+            index = plan.batch_indices(number - 1)
+            batch = make([train[i] for i in index], index=index)
+            if number == profile_steps[0] and profile_steps[1] > profile_steps[0]:
+                jax.profiler.start_trace(str(ctx.workdir / "profile"))
+            state, out = update(state, ref, batch, hyper, jax.random.fold_in(key, number))
+            if number == profile_steps[1] > profile_steps[0]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            if pending is not None:
+                settle(pending)
+            pending = (number, out, [train[i].id for i in index[:stage.records_in_log]])
+            bar.advance(task)
+            if update._cache_size() > stage.compile_budget:
+                raise ConfigError(f"{name}: the step was compiled {update._cache_size()} times, over "
+                                  f"config.{name}.compile_budget={stage.compile_budget}; last token grid "
+                                  f"{batch.streams['pair'].tokens.shape}. Use shapes='global' or a larger "
+                                  "bucket_multiple")
+            stopping = ctx.stop.requested
+            if number == total or stopping or number % stage.checkpoint_every == 0 or number % stage.eval_every == 0:
+                settle(pending)
+                pending = None
+                if number % stage.eval_every == 0 or number == total:
+                    evaluate_now(number)
+                if number == total or stopping or number % stage.checkpoint_every == 0:
+                    saved.save(number, state, {"plan": plan.state(number), "total": total}, best or None)
+            if stopping and number < total:
+                saved.close()
+                writer.close()
+                raise context.Preempted(f"stopped at step {number} of {total} in {name}; run the same command again")
+    saved.close()
+    writer.close()
+    checkpoint.save_tree(folder / "params", {"model": state.params["model"]})
+    if "reward_head" in state.params:
+        checkpoint.save_tree(folder / "reward_head", state.params["reward_head"])
+    rows = metrics_lib.read_metrics(ctx.workdir, stage=name)
+    history = [r for r in rows if r["split"] == "train"]
+    if history:
+        figures.training_curves(history, ctx.workdir / "figures" / f"{name}_training.png")
+    watched = [r for r in rows if r["split"] == "probe"]
+    if watched:
+        series = {k: np.asarray([r[k] for r in watched]) for k in ("chosen", "rejected", "unseen") if k in watched[0]}
+        figures.displacement(np.asarray([r["step"] for r in watched]), series,
+                             np.asarray([r["baseline"] for r in watched]),
+                             ctx.workdir / "figures" / f"{name}_displacement.png")
+    final = {k: history[-1][k] for k in ("loss", "accuracy", "margin") if history and k in history[-1]}
+    ctx.console.print(f"{name}: {total} steps  {last_shown}")
+    return {"steps": total, "records": len(train), "compilations": update._cache_size(), "train": final,
+            "eval": best, "fingerprint": context.fingerprint(state.params["model"])}
+
+
+def _precompute(ctx, stage, loss, params, records: list, folder: pathlib.Path) -> np.ndarray:
+    """Reference sums [n, K] of all records, kept in the stage's folder under a fingerprint of model and data."""
+    mark = context.fingerprint({"model": params["model"],
+                                "tokens": [np.concatenate([r.prompt, *r.completions]) for r in records]})
+    path = folder / "reference.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            if str(stored["mark"]) != mark:
+                raise ConfigError(f"{path}: these reference log-probs are of another model or other data; remove the "
+                                  "file to compute them again")
+            return stored["logps"]
+    score = jax.jit(step.make_evaluate(ctx.spec, None))
+    out = []
+    for start in range(0, len(records), stage.batch_size):
+        index = np.arange(start, start + stage.batch_size) % len(records)
+        batch = sharding.shard_batch(_batch(ctx, stage, loss, [records[i] for i in index], records), ctx.mesh)
+        out.append(np.asarray(score({"model": params["model"]}, None, batch, {}, None, None)[1]["logps"]))
+    logps = np.concatenate(out)[:len(records)]
+    part = path.with_suffix(".part.npz")
+    np.savez(part, logps=logps, mark=mark)
+    part.replace(path)
+    return logps
+
+
+def _probe_records(ctx, stage: ConfigDict, train: list):
+    """Up to 64 training prompts with chosen, rejected and unseen completions, where the data has unseen ones."""
+    if not stage.data.path.startswith("stage:") or stage.loss.name == "sft":
+        return None
+    unseen = sample.read_unseen(ctx.stage_dir(stage.data.path[len("stage:"):]))
+    both = [(r, unseen[r.id]) for r in train if r.id in unseen][:64]
+    ways = ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
+    records = [_with_completions(r, (*r.completions[:2], u), (*r.completion_ended[:2], ctx.text.ended(u)))
+               for r, u in both[:len(both) // ways * ways]]
+    if not records:
+        return None
+    columns, slots = data.bucket_shape(records, stage.bucket_multiple)
+    batch = data.padded(records, K=3, T=columns, L=slots, pad_id=ctx.text.pad_id)
+    return sharding.shard_batch(batch, ctx.mesh)
+
+
+def _probe(ctx, evaluate_probe, params, ref, batch) -> dict[str, float]:
+    """Change of log-likelihood since the reference: chosen, rejected, unseen, and the baseline -KL(ref||policy).
+
+    The unseen completions are samples of the reference, so their expected change is exactly -KL(ref||policy) for
+    any training; the baseline is the same expectation with the vocabulary sum done exactly at each prefix.
+    """
+    arrays = jax.device_get(evaluate_probe(params, ref, batch, {}, None, None)[1])
+    change = arrays["logps"] - arrays["ref_logps"]
+    out = {side: float(change[:, k].mean()) for k, side in enumerate(("chosen", "rejected", "unseen"))}
+    out["baseline"] = -float(arrays["ref_policy_kl"][:, 2].sum(-1).mean())
+    return out | {f"logp_{side}": float(arrays["logps"][:, k].mean())
+                  for k, side in enumerate(("chosen", "rejected", "unseen"))}
