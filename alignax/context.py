@@ -55,11 +55,6 @@ class Context:
         """Puts parameters on the mesh by the sharding rules, as copies that nobody else holds."""
         return jax.tree.map(jnp.copy, jax.device_put(params, sharding.param_shardings(params, self.mesh)))
 
-    def decode(self, ids) -> str:
-        """Text of token ids without the special tokens."""
-        special = {self.text.bos_id, self.text.pad_id, *self.text.eos_ids}
-        return self.tokenizer.decode([int(i) for i in ids if int(i) not in special])
-
 
 class Stop:
     """Turns SIGTERM into a flag that the loop reads between two steps; a second one ends the process at once."""
@@ -121,7 +116,10 @@ def text_policy(tokenizer: data.Tokenizer, model_path: str, *, add_bos: bool, eo
     Raises ConfigError when the chosen end token is not in the set.
     """
     if model_path:
-        policy = data.load_policy(model_path, eos_id=None if eos_id < 0 else eos_id, first=True)
+        ends = models.read_generation_ids(model_path)["eos"]
+        if not ends:
+            raise ConfigError(f"config.model.path={model_path!r}: no end token in generation_config.json or config.json")
+        policy = data.load_policy(model_path, eos_id=ends[0] if eos_id < 0 else eos_id)
     else:
         policy = data.text_policy(tokenizer)
     return policy if add_bos else dataclasses.replace(policy, bos_id=None)

@@ -153,7 +153,8 @@ def _records(ctx: context.Context, name: str, stage: ConfigDict) -> tuple[list, 
     if section.max_records:
         train = train[:section.max_records]
     held_out = held_out[:section.eval_records]
-    ctx.console.print(ledger.table())
+    if ledger.total:
+        ctx.console.print(ledger.table())
     if not train:
         raise DataError(f"{where}={section.path!r}: no record is left to train on; see the table above for why")
     if len(train) < stage.batch_size:

@@ -88,6 +88,12 @@ def test_kl_on_policy_recovers_a_known_kl():
     assert error == pytest.approx(spread / math.sqrt(20_000), rel=0.05)
 
 
+def test_kl_on_policy_by_hand():
+    mean, error = compare.kl_on_policy([-1.0, -2.0, -3.0], [-2.0, -4.0, -6.0])  # log-ratios 1, 2, 3
+    assert mean == 2.0
+    assert error == pytest.approx(math.sqrt((1 + 0 + 1) / (3 - 1)) / math.sqrt(3))
+
+
 def test_kl_on_policy_of_one_sample_has_no_standard_error():
     mean, error = compare.kl_on_policy([-1.0], [-3.0])
     assert mean == 2.0 and math.isnan(error)
@@ -140,6 +146,18 @@ def test_table_shows_non_finite_numbers_and_refuses_unknown_units():
     assert [cell.strip() for cell in row.split("│")[1:5]] == ["a", "nan", "inf", "+nan"]
     with pytest.raises(ValueError, match="reword"):
         tables.before_after({"reward": 1.0}, {"reward": 2.0}, units={"reword": "nats"})
+
+
+def test_comparison_shows_every_policy_beside_the_baseline():
+    row = {"win_rate": 0.5, "win_low": 0.45, "win_high": 0.55, "kl_on_policy": 0.0, "kl_se": 0.0, "gold_reward": -0.25,
+           "gold_sd": 1.0, "length": 31.0, "distinct_2": 0.4, "unfinished": 2, "prompts": 512}
+    better = {"policy": "dpo", "win_rate": 0.873, "win_low": 0.84, "win_high": 0.9, "kl_on_policy": 12.5, "kl_se": 0.31}
+    table = tables.comparison({"policy": "sft", **row}, [{**row, **better}, {**row, "policy": "ipo"}])
+    rows = {line.split("│")[1].strip(): line.split("│")[2:] for line in _lines(table) if line.startswith("│")}
+    assert list(rows) == ["sft", "dpo", "ipo"]
+    cells = [cell.strip() for cell in rows["dpo"]]
+    assert cells[:6] == ["-0.25", "0.873 [0.840, 0.900]", "12.50 (0.31)", "31.0", "0.400", "2"]
+    assert [cell.strip() for cell in rows["sft"]][:3] == ["-0.25", "", ""]
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

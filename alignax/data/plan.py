@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -107,8 +108,10 @@ class Plan:
             position += 1
 
     def _identity(self) -> dict[str, int]:
+        # lengths decide the grouping, so a checksum of them is part of the plan
+        lengths = 0 if self.lengths is None else zlib.crc32(np.asarray(self.lengths, "<i8").tobytes())
         return {"n": self.n, "batch_size": self.batch_size, "seed": self.seed, "shuffle": int(self.shuffle),
-                "window": self.window}
+                "window": self.window, "lengths": lengths}
 
     def state(self, position: int) -> dict[str, int]:
         """What a checkpoint stores: the plan's identity, the position (batches done) and the epoch it lies in."""

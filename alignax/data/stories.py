@@ -68,7 +68,7 @@ _NEUTRAL_FILL = {"animal": ANIMALS, "place": PLACES, "object": OBJECTS, "color":
 # P(sentence is worth -2, -1, 0, 1, 2) under each mood, and the moods' own probabilities.
 MOODS = ("happy", "plain", "sad")
 MOOD_WEIGHTS = (0.3, 0.4, 0.3)
-_WORTH = {"happy": (0.0, 0.1, 0.4, 0.4, 0.1), "plain": (0.03, 0.17, 0.6, 0.17, 0.03), "sad": (0.1, 0.4, 0.4, 0.1, 0.0)}
+_WORTH = {"happy": (0.0, 0.1, 0.5, 0.33, 0.07), "plain": (0.03, 0.17, 0.6, 0.17, 0.03), "sad": (0.07, 0.33, 0.5, 0.1, 0.0)}
 _SENTENCES = (2, 3, 4)
 _SENTENCE_WEIGHTS = (0.4, 0.45, 0.15)
 _RECALL = 0.7  # how often a sentence speaks of the place, animal or object of its opening

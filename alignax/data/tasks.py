@@ -8,18 +8,25 @@ import os
 import numpy as np
 
 from alignax.data.records import Record, read_jsonl
-from alignax.data.stories import generate_corpus, split_prompts
+from alignax.data.stories import all_prompts, generate_corpus, split_prompts
 from alignax.types import ConfigError, DataError
 
 _NAMES = ("Lily", "Tim", "Tom", "Mia", "Ben", "Sara", "Max", "Anna", "Sam", "Lucy", "Jack", "Amy")
 _ANIMALS = ("dog", "cat", "bird", "rabbit", "bear", "mouse", "duck", "frog")
 _PLACES = ("the park", "the garden", "the forest", "the beach", "the store", "the river", "school", "the farm")
+HELD_OUT = 1000  # openings of the stories that no training sees
+
 _TIMES = ("One day", "One morning", "One sunny day", "One night")
 
 
 def story_records(*, seed: int, split: str, n: int) -> list[Record]:
-    """n stories as prompt and one completion, for the supervised stage. `train` and `eval` are disjoint draws."""
-    rows = generate_corpus(n, seed=2 * seed + (split == "eval"), split=split)
+    """n stories as prompt and one completion, for the supervised stage.
+
+    The HELD_OUT openings that `prompt_texts` gives for the eval split never appear in the train split.
+    """
+    total = len(all_prompts())
+    train, unseen = split_prompts(seed, total - HELD_OUT, HELD_OUT)
+    rows = generate_corpus(n, seed, prompts=train if split == "train" else unseen)
     return [Record(id=f"story-{split}-{i}", prompt=row["prompt"], completions=(row["completion"],), scores=None,
                    labels=None, margin=None, file="<builtin:stories>", line=i + 1) for i, row in enumerate(rows)]
 
@@ -31,7 +38,7 @@ def prompt_texts(source: str, *, split: str, seed: int, n: int) -> list[tuple[st
     Raises ConfigError for an unknown built-in name, DataError when the source has fewer than n prompts.
     """
     if source == "builtin:stories":
-        train, held_out = split_prompts(seed, n if split == "train" else 1, n if split == "eval" else 1)
+        train, held_out = split_prompts(seed, len(all_prompts()) - HELD_OUT, HELD_OUT)
         texts = train if split == "train" else held_out
     elif source == "builtin:openings":
         texts = _openings(split)

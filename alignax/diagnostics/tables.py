@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 _ABSENT = "–"
 
@@ -69,8 +70,8 @@ def before_after(
     if units:
         table.add_column("unit", no_wrap=True)
     for row, name in enumerate(names):
-        cells = [name, *(column[row] for column in columns)]
-        table.add_row(*cells, *([units.get(name, "")] if units else []))
+        cells = [name, *(column[row] for column in columns), *([units.get(name, "")] if units else [])]
+        table.add_row(*map(Text, cells))  # Text: a name with square brackets is no markup
     return table
 
 

@@ -100,7 +100,7 @@ def defaults(name: str) -> dict[str, Any]:
     return split_signature(INDEX[_resolve(name)])[1]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that `jax.jit(loss)` works
 class Loss:
     """A loss with its hyper-parameters resolved.
 
@@ -162,4 +162,4 @@ def get(name: str, **hyper: Any) -> Loss:
         low, high = function.info.limits.get(key, (-float("inf"), float("inf")))
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise ConfigError(f"loss {id!r}: {key} = {value!r}; allowed: {low} to {high}")
-    return Loss(id, function, requests, MappingProxyType({**resolved, **hyper}), function.info)
+    return Loss(id, function, requests, {**resolved, **hyper}, function.info)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from alignax.losses.info import method
-from alignax.losses.inputs import floats, log_ratios, pair, pair_log_ratios, pair_sums, per_token, sums, token_sum
+from alignax.losses.inputs import (floats, log_ratios, pair, pair_log_ratios, pair_sums, per_token, sums, token_sum,
+                                   valid_log_ratios)
 from alignax.ops import links
 from alignax.types import Array, ConfigError, Term, Terms
 
@@ -68,7 +69,7 @@ def ipo(logps: Array, ref_logps: Array, lengths: Array, *, tau: Any = 0.1, lengt
     return links.square(chosen - rejected, 1 / (2 * tau))
 
 
-@method(id="ln_dpo", system="LN-DPO: length-normalised DPO", arxiv="", fidelity="third-party code", completions=2)
+@method(id="dpo:ln", system="LN-DPO: length-normalised DPO", arxiv="", fidelity="third-party code", completions=2)
 def ln_dpo(logps: Array, ref_logps: Array, lengths: Array, *, beta: Any = 5.0) -> jax.Array:
     """Length-normalised DPO: sp(-beta (lr_w / n_w - lr_l / n_l)); [B, 2] -> [B].
 
@@ -351,10 +352,10 @@ def plackett_luce(logps: Array, ref_logps: Array, valid: Array, *, beta: Any = 0
     2305.18290 (formula by recall; ListMLE is the same). Left out: partial rankings.
     """
     valid = jnp.asarray(valid, bool)
-    rewards = jnp.where(valid, beta * log_ratios(logps, ref_logps), 0)
+    rewards = beta * valid_log_ratios(logps, ref_logps, valid)
     size = rewards.shape[1]
     at_or_after = jnp.arange(size)[None, :] >= jnp.arange(size)[:, None]
     # An absent completion keeps its own diagonal entry, so that no row is empty; its term is cut off below.
-    remaining = at_or_after & (valid[:, None, :] | jnp.eye(size, dtype=bool))
+    remaining = at_or_after[None] & (valid[:, None, :] | jnp.eye(size, dtype=bool)[None])
     rest = jax.nn.logsumexp(jnp.broadcast_to(rewards[:, None, :], remaining.shape), axis=-1, where=remaining)
     return jnp.where(valid, rest - rewards, 0).sum(-1)

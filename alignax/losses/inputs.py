@@ -44,6 +44,11 @@ def log_ratios(logps: Any, ref_logps: Any) -> jax.Array:
     return sums("logps", logps) - jax.lax.stop_gradient(sums("ref_logps", ref_logps))
 
 
+def valid_log_ratios(logps: Any, ref_logps: Any, valid: Any) -> jax.Array:
+    """`log_ratios` with 0 and no gradient where `valid` is False; such entries may hold anything."""
+    return jnp.where(jnp.asarray(valid, bool), log_ratios(logps, ref_logps), 0)
+
+
 def pair_log_ratios(logps: Any, ref_logps: Any) -> tuple[jax.Array, jax.Array]:
     """(chosen, rejected) log-ratios, [B] each."""
     return pair("logps", log_ratios(logps, ref_logps))

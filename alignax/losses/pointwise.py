@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alignax.losses.info import method
-from alignax.losses.inputs import floats, log_ratios
+from alignax.losses.inputs import floats, valid_log_ratios
 from alignax.ops import links
 from alignax.ops.reductions import masked_mean, weighted_sum_count
 from alignax.types import Array, Term, Terms
@@ -27,8 +27,8 @@ def kto(logps: Array, ref_logps: Array, labels: Array, valid: Array, kl_logps: A
     No gradient through z0 or the reference. Source: arXiv 2402.01306, ContextualAI/HALOs. Left out: choosing the
     class weights from the class counts (keep w_D n_D / (w_U n_U) in [1, 4/3]).
     """
-    ratios = log_ratios(logps, ref_logps)
-    mismatched = jax.lax.stop_gradient(log_ratios(kl_logps, kl_ref_logps))
+    ratios = valid_log_ratios(logps, ref_logps, valid)
+    mismatched = jax.lax.stop_gradient(valid_log_ratios(kl_logps, kl_ref_logps, valid))
     total, count = weighted_sum_count(mismatched, valid)
     z0 = jnp.maximum(masked_mean(mismatched, valid), 0)
     good = desirable_weight * jax.nn.sigmoid(-beta * (ratios - z0))
@@ -39,7 +39,7 @@ def kto(logps: Array, ref_logps: Array, labels: Array, valid: Array, kl_logps: A
 
 def _targets(scores: Array, valid: Array, alpha: Any) -> jax.Array:
     """softmax(scores / alpha) over the completions that exist; absent ones get 0."""
-    scaled = jnp.where(valid, jax.lax.stop_gradient(floats(scores)) / alpha, 0)
+    scaled = jnp.where(valid, jax.lax.stop_gradient(floats(scores)), 0) / alpha
     return jax.nn.softmax(scaled, axis=-1, where=valid | ~valid.any(-1, keepdims=True))
 
 
@@ -53,7 +53,7 @@ def nca(logps: Array, ref_logps: Array, scores: Array, valid: Array, *, beta: An
     code's 0.01 added to the first score to break ties.
     """
     valid = jnp.asarray(valid, bool)
-    rewards = jnp.where(valid, beta * log_ratios(logps, ref_logps), 0)
+    rewards = beta * valid_log_ratios(logps, ref_logps, valid)
     size = jnp.maximum(valid.sum(-1, keepdims=True), 1)
     values = _targets(scores, valid, alpha) * links.logistic(rewards) + links.logistic(-rewards) / size
     return jnp.where(valid, values, 0).sum(-1)
@@ -67,7 +67,7 @@ def info_nca(logps: Array, ref_logps: Array, scores: Array, valid: Array, *, bet
     Shapes, stops and source as `nca`; a one-hot q with K = 2 is DPO.
     """
     valid = jnp.asarray(valid, bool)
-    rewards = jnp.where(valid, beta * log_ratios(logps, ref_logps), 0)
+    rewards = beta * valid_log_ratios(logps, ref_logps, valid)
     some = valid | ~valid.any(-1, keepdims=True)
     log_softmax = rewards - jax.nn.logsumexp(rewards, axis=-1, keepdims=True, where=some)
     return -jnp.where(valid, _targets(scores, valid, alpha) * log_softmax, 0).sum(-1)
@@ -82,5 +82,5 @@ def npo(logps: Array, ref_logps: Array, labels: Array, valid: Array, *, beta: An
     get no gradient. Source: arXiv 2404.05868 and the authors' TOFU code. Left out: the retain term.
     """
     forget = jnp.asarray(valid, bool) & (floats(labels) <= 0.5)
-    values = 2 / beta * links.logistic(-beta * log_ratios(logps, ref_logps))
+    values = 2 / beta * links.logistic(-beta * valid_log_ratios(logps, ref_logps, valid))
     return Terms({"loss": Term(values, forget, "sequences")})

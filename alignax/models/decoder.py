@@ -262,7 +262,12 @@ def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     Training never calls this: it goes through the chunked head, which does not keep a vocabulary axis.
     """
     weight = head(config, params).weight
-    return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=_full(hidden.dtype))
+    # The precisions of the chunked head, so that a sampler and the trainer agree: exact products of bfloat16, no
+    # reduced-precision shortcut for float32 where the device has one.
+    narrow = hidden.dtype.itemsize < 4 and weight.dtype.itemsize < 4
+    precision = jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
+    full = _full(jnp.promote_types(hidden.dtype, weight.dtype))
+    return jnp.einsum("...d,vd->...v", hidden, weight, precision=precision, preferred_element_type=full)
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype=jnp.float32) -> list[LayerCache]:

@@ -36,8 +36,9 @@ def last_token_positions(stream: Stream) -> tuple[Array, Array]:
     Let (r, c) be the place that predicts it. If column c+1 continues the segment of column c, the token is there:
     always so in padded and packed rows, and inside a completion of a shared-prefix row. Otherwise the completion is a
     single token predicted from the end of a shared prefix: the token is the first column after c that opens another
-    segment, has the segment of c as its prefix, and holds the target. Two such columns with equal tokens have the same
-    context and position, hence the same hidden state, so the choice between them does not matter.
+    segment, has the segment of c as its prefix, and holds the target. Where several completions open
+    with that token, their first columns have the same context and position, hence the same hidden state: the first of
+    them is returned, and which one it is does not matter.
 
     Completions without a scored slot, or not valid, get (0, 0). Where the token is not in its row (a layout that
     leaves the last token out), col is T: numpy streams raise DataError naming the completion, and under a trace

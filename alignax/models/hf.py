@@ -125,7 +125,7 @@ def _tensor_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
     for shard in sorted(set(table.values())):
         place = path / shard
         if not place.is_file():
-            raise ConfigError(f"{index}: found no file {shard!r} beside it, allowed: every shard of weight_map present")
+            raise ConfigError(f"{index}: found no file {shard!r} beside it, allowed: every shard of weight_map")
         with safe_open(place, framework="numpy") as file:
             held = set(file.keys())
         listed = {name for name, where in table.items() if where == shard}
@@ -172,7 +172,8 @@ def load(path: str | os.PathLike, dtype=jnp.float32, *, host: bool = False) -> t
     spare = {_TOP["head"]} if config.tie_embeddings else set()
     unexpected = {name for name in files.keys() - expected.keys() - spare if not _DERIVED.fullmatch(name)}
     if missing or unexpected:
-        parts = [f"{word}: {_names(found)}" for word, found in (("missing", missing), ("unexpected", unexpected)) if found]
+        parts = [f"{word}: {_names(found)}"
+                 for word, found in (("missing", missing), ("unexpected", unexpected)) if found]
         raise ConfigError(f"{path}: found tensors that do not fit config.json ({'; '.join(parts)}), allowed: exactly "
                           f"the {len(expected)} tensors of this {ARCHITECTURE}")
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, jnp.dtype(dtype)), abstract_params(config))
@@ -198,8 +199,8 @@ def load(path: str | os.PathLike, dtype=jnp.float32, *, host: bool = False) -> t
         with safe_open(files[name], framework="numpy") as file:
             stored = file.get_tensor(name)
         if not np.array_equal(stored.astype(params["embedding"].dtype), params["embedding"]):
-            raise ConfigError(f"{files[name]}: {name}: found values that differ from {_TOP['embedding']}, allowed: equal "
-                              "ones, or tie_word_embeddings false in config.json")
+            raise ConfigError(f"{files[name]}: {name}: found values that differ from {_TOP['embedding']}, allowed: "
+                              "equal ones, or tie_word_embeddings false in config.json")
     return config, params if host else jax.tree.map(jnp.asarray, params)
 
 

@@ -50,7 +50,7 @@ class _Head:
             bias = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size, 0)
         raw = jnp.einsum("...d,vd->...v", hidden.astype(weight.dtype), weight, precision=self.precision)
         if bias is not None:
-            raw = raw + bias
+            raw = raw + bias.reshape((1,) * (raw.ndim - 1) + bias.shape)
         if self.softcap is not None:
             raw = self.softcap * jnp.tanh(raw / self.softcap)
         return raw / jnp.asarray(temperature, raw.dtype)
@@ -203,7 +203,7 @@ def _stats_by_vocab(this, pair, temperature, hidden, targets, hidden_other, want
     def step(carry, index, this, pair, temperature, hidden, hidden_other):
         first = index * size
         start = jnp.minimum(first, vocab - size)  # the last slice overlaps its neighbour; seen columns count nothing
-        column = start + jnp.arange(size)
+        column = (start + jnp.arange(size)).reshape(1, 1, 1, size)
         fresh = column >= first
         z = jnp.where(fresh, this.logits(hidden, temperature, start, size).astype(dtype), low[..., None])
         new, rescale, shifted, weight = _advance(carry["m"], z)
@@ -245,9 +245,9 @@ def _stats_by_vocab(this, pair, temperature, hidden, targets, hidden_other, want
         elif name == "log_sum_sq":
             out[name] = jnp.log(carry["s2"]) - 2 * log_s
         elif name == "kl_other_policy":
-            out[name] = carry["cq"] / carry["so"] + lse - (carry["mo"] + jnp.log(carry["so"]))
+            out[name] = carry["cq"] / carry["so"] + (lse - (carry["mo"] + jnp.log(carry["so"])))
         else:
-            out[name] = carry["cp"] / carry["s"] - lse + carry["mo"] + jnp.log(carry["so"])
+            out[name] = carry["cp"] / carry["s"] + ((carry["mo"] + jnp.log(carry["so"])) - lse)
     return out
 
 

@@ -46,7 +46,8 @@ def bradley_terry_pairs(scores: np.ndarray, rng: np.random.Generator, scale: flo
     scores: [n, K], finite. strategy: `best_worst` pairs the highest with the lowest score, `random` any two
     (uniformly), `all` every two, K (K - 1) / 2 per prompt. texts: n rows of K completions; identical ones are not
     paired. best_worst takes the pair of distinct texts that is furthest apart, at random among equals, so that K
-    tied scores do not favour the first index. The random numbers used depend on n and K only.
+    tied scores do not favour the first index. A prompt's random numbers depend on its row and on
+    K only, not on the strategy or on later prompts.
 
     Raises ConfigError on an unknown strategy or a negative or NaN scale, DataError on scores that are not finite
     or not [n, K >= 2], and on texts of another shape.
@@ -70,8 +71,8 @@ def bradley_terry_pairs(scores: np.ndarray, rng: np.random.Generator, scale: flo
             raise DataError(f"bradley_terry_pairs: texts has {len(texts)} rows of {sorted(sizes)}, scores {scores.shape}")
         allowed = np.asarray([[row[i] != row[j] for i, j in zip(first, second, strict=True)] for row in texts],
                              bool).reshape(n, len(first))
-    priority = rng.random((n, len(first)))
-    coin = rng.random((n, len(first)))
+    draws = rng.random((n, len(first), 2))  # prompt by prompt, so that later prompts change nothing for earlier ones
+    priority, coin = draws[..., 0], draws[..., 1]
     gap = scores[:, first] - scores[:, second]
     if strategy == "all":
         taken = allowed

@@ -111,11 +111,16 @@ def _generate(config, params, prompts, prompt_mask, prompt_ids, seed_key, *, num
     return Samples(*(a.reshape(batch, num_samples, *a.shape[1:]) for a in out))
 
 
-def _number(name: str, value, low: float, high: float, *, open_low: bool = False) -> float:
-    """value as a float in [low, high] (open below where asked), or ConfigError."""
+def _is_zero(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
+
+
+def _number(name: str, value, low: float, high: float, *, open_low: bool = False, also: str = "") -> float:
+    """value as a float in [low, high] (open below where asked), or ConfigError; `also` names what else is allowed."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not good or not (low < value if open_low else low <= value) or not value <= high:
-        raise ConfigError(f"generate({name}=): found {value!r}, allowed: a Python number in "
+        also = f"{also} or " if also else ""
+        raise ConfigError(f"generate({name}=): found {value!r}, allowed: {also}a Python number in "
                           f"{'(' if open_low else '['}{low}, {high}]")
     return float(value)
 
@@ -157,7 +162,8 @@ def generate(config: decoder.DecoderConfig, params: decoder.Params, prompts: Arr
     for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"generate({name}=): found {value!r}, allowed: an integer >= 1")
-    temperature = _number("temperature", temperature, 0.0, 1e6)
+    # Below 1e-6 a division would overflow float32 for ordinary logits; exactly 0 is greedy and divides nothing.
+    temperature = 0.0 if _is_zero(temperature) else _number("temperature", temperature, 1e-6, 1e6, also="0 (greedy)")
     top_p = _number("top_p", top_p, 0.0, 1.0, open_low=True)
     if isinstance(eos_ids, int):
         raise ConfigError(f"generate(eos_ids=): found {eos_ids!r}, allowed: a tuple of token ids")

@@ -1,0 +1,253 @@
+"""Decoding rules and the sampler: what is sampled, what is recorded about it, and what it does not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from alignax import models
+from alignax.ops.head import head_stats
+from alignax.rollout import apply_temperature, generate, sampler, top_p_filter
+from alignax.types import ConfigError, DataError
+
+CONFIG = models.DecoderConfig(vocab_size=11, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
+                              num_kv_heads=2, head_dim=4, tie_embeddings=False, max_positions=32)
+EOS = (3, 7)
+PROMPTS = np.array([[0, 0, 5, 2], [1, 9, 4, 4], [0, 0, 0, 8]], np.int32)
+MASK = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], bool)
+IDS = np.array([71, 5, 4_000_000_000], np.uint32)
+SETTINGS = dict(num_samples=3, max_new_tokens=6, temperature=0.8, top_p=0.9, eos_ids=EOS, pad_id=0)
+
+
+@pytest.fixture(autouse=True)
+def strict_ranks():
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Further from uniform, and from ignoring the context, than at initialisation: a wrong distribution is seen.
+    params = models.init_params(CONFIG, jax.random.key(1))
+    return params | {"embedding": params["embedding"] * 25, "head": params["head"] * 15}
+
+
+@pytest.fixture(scope="module")
+def key():
+    return jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def samples(params, key):
+    return jax.device_get(generate(CONFIG, params, PROMPTS, MASK, IDS, key, **SETTINGS))
+
+
+forward = jax.jit(models.forward, static_argnums=0)
+
+
+def rescore(params, prompts, mask, tokens, live):
+    """Hidden states that predict each sampled slot, [B,K,N,D], by the training forward pass on padded rows."""
+    batch, count, new = tokens.shape
+    text = np.concatenate([np.repeat(prompts, count, 0), tokens.reshape(-1, new)], axis=1)
+    real = np.concatenate([np.repeat(mask, count, 0), live.reshape(-1, new)], axis=1)
+    segment = jnp.asarray(real, jnp.int32)
+    position = jnp.asarray(np.maximum(np.cumsum(real, axis=1) - 1, 0), jnp.int32)
+    hidden = forward(CONFIG, params, jnp.asarray(text, jnp.int32), segment, segment, position)
+    width = prompts.shape[1]
+    return hidden[:, width - 1:-1].reshape(batch, count, new, -1)
+
+
+# --- decoding rules ----------------------------------------------------------------------------------------------
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    probs = jnp.array([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
+    for p, kept in ((0.35, [[1], [0, 1]]), (0.45, [[1, 3], [0, 1]]), (0.85, [[1, 2, 3], [0, 1, 2, 3]]),
+                    (1e-6, [[1], [0]])):
+        filtered, mass = top_p_filter(jnp.log(probs), p)
+        for row, ids in enumerate(kept):
+            assert np.flatnonzero(np.isfinite(filtered[row])).tolist() == ids
+            np.testing.assert_allclose(mass[row], sum(float(probs[row, i]) for i in ids), rtol=1e-6)
+            np.testing.assert_array_equal(filtered[row, jnp.array(ids)], jnp.log(probs)[row, jnp.array(ids)])
+
+
+def test_top_p_of_one_keeps_everything_exactly_also_when_traced():
+    logits = jax.random.normal(jax.random.key(0), (50, 301)) * 12  # the running sum reaches 1 long before the tail
+    for p in (1.0, jnp.float32(1.0)):
+        filtered, mass = jax.jit(top_p_filter, static_argnums=1 if isinstance(p, float) else ())(logits, p)
+        np.testing.assert_array_equal(filtered, logits)
+        np.testing.assert_array_equal(mass, np.ones(50))
+    for p in (0.3, 0.9):
+        static, traced = top_p_filter(logits, p), jax.jit(top_p_filter)(logits, p)
+        np.testing.assert_array_equal(static[0], traced[0])
+        assert (static[1] >= p - 1e-6).all()
+
+
+def test_decoding_rules_are_float32_and_refuse_impossible_settings():
+    half = jnp.array([1.0, 2.0], jnp.bfloat16)
+    assert apply_temperature(half, 0.5).dtype == top_p_filter(half, 0.9)[0].dtype == jnp.float32
+    np.testing.assert_array_equal(apply_temperature(half, 0.5), [2.0, 4.0])
+    for bad in (0, 0.0, -1.0, float("inf")):
+        with pytest.raises(ConfigError, match="temperature.*> 0"):
+            apply_temperature(half, bad)
+    for bad in (0.0, -0.1, 1.1):
+        with pytest.raises(ConfigError, match=r"\(0, 1\]"):
+            top_p_filter(half, bad)
+
+
+# --- the sampler ---------------------------------------------------------------------------------------------------
+
+
+def test_shapes_and_dtypes(samples):
+    kinds = [(a.dtype.name, a.shape) for a in samples]
+    assert kinds == [("int32", (3, 3, 6)), ("bool", (3, 3, 6)), *[("float32", (3, 3, 6))] * 3, ("bool", (3, 3))]
+
+
+def test_an_end_token_is_counted_and_stops_its_row(samples):
+    ends = np.isin(samples.tokens, EOS) & samples.mask
+    assert samples.finished.any() and not samples.finished.all()  # the seed shows both cases
+    np.testing.assert_array_equal(samples.finished, ends.any(-1))
+    for tokens, mask, finished, end in zip(*(a.reshape(-1, *a.shape[2:]) for a in (
+            samples.tokens, samples.mask, samples.finished, ends))):
+        length = np.flatnonzero(end)[0] + 1 if finished else 6
+        np.testing.assert_array_equal(mask, np.arange(6) < length)
+        assert (tokens[length:] == 0).all()
+    assert (samples.logps[~samples.mask] == 0).all() and (samples.behaviour_logps[~samples.mask] == 0).all()
+    assert (samples.kept_mass[~samples.mask] == 1).all()
+
+
+def test_rescoring_agrees_with_the_sampler(params, samples):
+    hidden = rescore(params, PROMPTS, MASK, samples.tokens, samples.mask)
+    scored = head_stats(hidden, models.head(CONFIG, params), jnp.asarray(samples.tokens))["logp"]
+    np.testing.assert_allclose(np.where(samples.mask, scored, 0), samples.logps, atol=1e-4)
+    assert samples.logps[samples.mask].min() < -1
+
+    # The behaviour: temperature first, then the nucleus, renormalised.
+    filtered, mass = top_p_filter(apply_temperature(models.logits(CONFIG, params, hidden), 0.8), 0.9)
+    behaviour = jnp.take_along_axis(jax.nn.log_softmax(filtered), samples.tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(np.where(samples.mask, behaviour, 0), samples.behaviour_logps, atol=1e-4)
+    np.testing.assert_allclose(np.where(samples.mask, mass, 1), samples.kept_mass, atol=1e-4)
+    tempered = jax.nn.log_softmax(models.logits(CONFIG, params, hidden) / 0.8)
+    tempered = jnp.take_along_axis(tempered, samples.tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(np.exp(tempered - behaviour)[samples.mask], samples.kept_mass[samples.mask], atol=1e-4)
+    assert (samples.kept_mass[samples.mask] < 0.99).any()
+
+
+def test_plain_sampling_has_equal_behaviour_and_policy(params, key):
+    out = generate(CONFIG, params, PROMPTS, MASK, IDS, key, num_samples=2, max_new_tokens=4)
+    np.testing.assert_allclose(out.behaviour_logps, out.logps, atol=1e-6)
+    assert (out.kept_mass == 1).all() and out.mask.all() and not out.finished.any()
+
+
+def test_a_completion_does_not_depend_on_its_neighbours(params, key, samples):
+    order = np.array([2, 0, 1])
+    moved = generate(CONFIG, params, PROMPTS[order], MASK[order], IDS[order], key, **SETTINGS)
+    np.testing.assert_array_equal(moved.tokens, samples.tokens[order])
+    alone = generate(CONFIG, params, PROMPTS[:1], MASK[:1], IDS[:1], key, **SETTINGS)
+    np.testing.assert_array_equal(alone.tokens, samples.tokens[:1])
+    np.testing.assert_allclose(alone.logps, samples.logps[:1], atol=1e-5)
+    fewer = generate(CONFIG, params, PROMPTS, MASK, IDS, key, **{**SETTINGS, "num_samples": 1})
+    np.testing.assert_array_equal(fewer.tokens, samples.tokens[:, :1])
+    wider = generate(CONFIG, params, np.pad(PROMPTS, ((0, 0), (3, 0)), constant_values=6),
+                     np.pad(MASK, ((0, 0), (3, 0))), IDS, key, **SETTINGS)
+    np.testing.assert_array_equal(wider.tokens, samples.tokens)
+
+
+def test_the_id_the_sample_and_the_seed_each_matter(params, key, samples):
+    same_prompt = generate(CONFIG, params, PROMPTS[[1, 1, 1]], MASK[[1, 1, 1]], IDS, key, **SETTINGS)
+    rows = {tuple(row) for row in np.asarray(same_prompt.tokens).reshape(-1, 6)}
+    assert len(rows) >= 7  # nine draws; equal keys would give three or one
+    other = generate(CONFIG, params, PROMPTS, MASK, IDS, jax.random.key(8), **SETTINGS)
+    assert (np.asarray(other.tokens) != samples.tokens).any(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
+def test_sampled_frequencies_are_those_of_the_distribution(params, key, temperature, top_p):
+    count = 4000
+    out = generate(CONFIG, params, PROMPTS[:2], MASK[:2], IDS[:2], key, num_samples=count, max_new_tokens=1,
+                   temperature=temperature, top_p=top_p)
+    segment = jnp.asarray(MASK[:2], jnp.int32)
+    position = jnp.maximum(jnp.cumsum(segment, axis=1) - 1, 0)
+    hidden = forward(CONFIG, params, jnp.asarray(PROMPTS[:2]), segment, segment, position)[:, -1]
+    probs = np.asarray(jax.nn.softmax(models.logits(CONFIG, params, hidden) / temperature), np.float64)
+    for row in range(2):
+        ranked = np.argsort(-probs[row])
+        kept = ranked[:np.searchsorted(np.cumsum(probs[row][ranked]), top_p) + 1] if top_p < 1 else ranked
+        assert len(kept) >= 2
+        observed = np.bincount(np.asarray(out.tokens)[row, :, 0], minlength=CONFIG.vocab_size)
+        assert observed[kept].sum() == count
+        expected = probs[row, kept] / probs[row, kept].sum() * count
+        small = expected < 5  # merged: the chi-square approximation needs counts
+        merge = lambda a: np.append(a[~small], a[small].sum()) if small.any() else a
+        assert scipy.stats.chisquare(merge(observed[kept]), merge(expected)).pvalue > 1e-3
+
+
+def test_greedy_is_the_argmax_of_the_training_pass(params, key):
+    out = jax.device_get(generate(CONFIG, params, PROMPTS, MASK, IDS, key, num_samples=2, max_new_tokens=5,
+                                  temperature=0.0))
+    np.testing.assert_array_equal(out.tokens[:, 0], out.tokens[:, 1])
+    logits = models.logits(CONFIG, params, rescore(params, PROMPTS, MASK, out.tokens, out.mask))
+    np.testing.assert_array_equal(out.tokens, jnp.argmax(logits, axis=-1))
+    assert (out.behaviour_logps == 0).all() and (out.kept_mass == 1).all() and (out.logps < 0).any()
+
+
+def test_the_loop_stops_when_every_row_has_ended(params, key, monkeypatch):
+    steps = []
+    original = sampler.decoder.decode_step
+
+    def counting(config, params, tokens, *rest):
+        if tokens.shape[1] == 1:
+            jax.debug.callback(lambda _: steps.append(1), tokens)
+        return original(config, params, tokens, *rest)
+
+    monkeypatch.setattr(sampler.decoder, "decode_step", counting)
+    run = lambda ids, n: (steps.clear(), jax.block_until_ready(sampler._generate.__wrapped__(
+        CONFIG, params, jnp.asarray(PROMPTS), jnp.asarray(MASK), jnp.asarray(IDS), key, num_samples=2,
+        max_new_tokens=n, temperature=1.0, top_p=1.0, eos_ids=ids, pad_id=0)), jax.effects_barrier())[1]
+    out = run(tuple(range(11)), 9)
+    assert len(steps) == 0 and out.mask.sum() == 6 and out.finished.all()
+    run((), 9)
+    assert len(steps) == 8
+    out = run(EOS + (1, 2), 9)
+    assert len(steps) == int(out.mask.sum(-1).max()) - 1
+
+
+def test_equal_settings_compile_once(params, key):
+    generate(CONFIG, params, PROMPTS, MASK, IDS, key, **SETTINGS)
+    before = sampler._generate._cache_size()
+    for seed in (1, 2):
+        generate(CONFIG, params, PROMPTS, MASK, IDS, jax.random.key(seed), **{**SETTINGS, "eos_ids": [7, 3, 3]})
+    assert sampler._generate._cache_size() == before
+
+
+def test_bfloat16_parameters_keep_float32_records(params, key):
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    out = generate(CONFIG, half, PROMPTS, MASK, IDS, key, num_samples=1, max_new_tokens=2)
+    assert out.logps.dtype == jnp.float32 and np.isfinite(out.logps).all()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_samples": 0}, "num_samples=.: found 0"), ({"max_new_tokens": 1.5}, "max_new_tokens=.: found 1.5"),
+    ({"max_new_tokens": 29}, "4 prompt columns . 29 new tokens, allowed: at most max_positions = 32"),
+    ({"temperature": -0.1}, "temperature.*found -0.1"), ({"temperature": 1e-9}, "temperature"),
+    ({"temperature": float("nan")}, "temperature.*nan"), ({"top_p": 0.0}, "top_p.*found 0.0"),
+    ({"top_p": 1.01}, "top_p.*1.01"), ({"eos_ids": (11,)}, "eos_ids.*found 11, allowed: ids in 0 .. 10"),
+    ({"eos_ids": 3}, "eos_ids.*a tuple"), ({"pad_id": -1}, "pad_id.*found -1"),
+])
+def test_settings_out_of_range_are_refused(params, key, change, words):
+    with pytest.raises(ConfigError, match=words):
+        generate(CONFIG, params, PROMPTS, MASK, IDS, key, **{**SETTINGS, **change})
+
+
+@pytest.mark.parametrize("prompts, mask, ids, words", [
+    (PROMPTS, MASK[:, ::-1].copy(), IDS, "row 0: found .1, 1, 0, 0.*left-padded"),
+    (PROMPTS, np.zeros_like(MASK), IDS, "row 0.*at least one 1"),
+    (PROMPTS, MASK.astype(np.int32), IDS, "prompt_mask: found int32"),
+    (PROMPTS, MASK, IDS.astype(np.int64), "prompt_ids: found int64.*uint32"),
+    (PROMPTS, MASK, IDS[:2], r"prompt_ids: found uint32 \(2,\)"),
+    (PROMPTS[0], MASK[0], IDS, r"prompts: found int32 \(4,\)"),
+])
+def test_arrays_of_the_wrong_kind_are_refused(params, key, prompts, mask, ids, words):
+    with pytest.raises(DataError, match=words):
+        generate(CONFIG, params, prompts, mask, ids, key, **SETTINGS)
