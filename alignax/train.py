@@ -215,7 +215,8 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
     optimizer = optim.make(name=stage.optim.name, learning_rate=stage.optim.learning_rate,
                            schedule_name=stage.optim.schedule, warmup_steps=stage.optim.warmup_steps,
                            clip_norm=stage.optim.clip_norm, total_steps=total, **stage.optim.options.to_dict())
-    state = step.TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), loss.init_state())
+    state = _committed(ctx, step.TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params),
+                                            loss.init_state()))
     ref = ctx.place(params) if stage.reference == "frozen" else None
     # Float hyper-parameters travel as arguments, so that strengths of one loss share one program.
     hyper = {k: jnp.float32(v) for k, v in loss.hyper.items() if isinstance(v, float)}
@@ -344,6 +345,13 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
     ctx.console.print(f"{name}: {total} steps  {last_shown}")
     return {"steps": total, "records": len(train), "compilations": update._cache_size(), "train": final,
             "eval": best, "fingerprint": context.fingerprint(state.params["model"])}
+
+
+def _committed(ctx: context.Context, state: Any) -> Any:
+    """Every leaf on the mesh from the start: a leaf that only the first update puts there would compile it twice."""
+    whole = sharding.NamedSharding(ctx.mesh, sharding.PartitionSpec())
+    return jax.tree.map(lambda a: a if isinstance(a.sharding, sharding.NamedSharding) else jax.device_put(a, whole),
+                        jax.tree.map(jnp.asarray, state))
 
 
 def _precompute(ctx, stage, loss, params, records: list, folder: pathlib.Path) -> np.ndarray:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rich.console
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignax.data import (Ledger, Plan, Record, TextPolicy, check_vocab, epoch_order, generate_corpus, load_policy,
-                          load_tokenizer, read_jsonl, record_number, split_prompts, stories_tokenizer, text_policy,
-                          token_record, tokenize_records, train_tokenizer, word_tokenizer, write_jsonl)
+from alignax.data import (Ledger, Plan, Record, TextPolicy, Tokenizer, check_vocab, epoch_order, generate_corpus,
+                          load_policy, load_tokenizer, read_jsonl, record_number, split_prompts, stories_tokenizer,
+                          text_policy, token_record, tokenize_records, train_tokenizer, word_tokenizer, write_jsonl)
 from alignax.data import stories
 from alignax.rewards import lexicon_reward
 from alignax.types import ConfigError, DataError
@@ -41,7 +42,8 @@ def write_lines(path, *rows):
 def test_every_layout_is_read(tmp_path):
     path = write_lines(tmp_path / "a.jsonl",
                        {"prompt": "p", "chosen": "c", "rejected": "r", "id": "one", "margin": 2},
-                       {"prompt": "p", "completions": ["a", "b", "c", "d"], "scores": [1, 3, 1.5, 3], "labels": [0, 1, 0, 1]},
+                       {"prompt": "p", "completions": ["a", "b", "c", "d"], "scores": [1, 3, 1.5, 3],
+                        "labels": [0, 1, 0, 1]},
                        {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]},
                        {"prompt": "p", "completion": "a", "label": False},
                        {"prompt": "p", "completion": "a"}, {"prompt": "p"}, {"text": "t"}, "",
@@ -127,7 +129,8 @@ def test_default_ids_are_stable_across_processes_and_positions(tmp_path):
     first, second = read_jsonl(path)
     assert first.id != second.id
     code = "import sys; from alignax.data import read_jsonl; sys.stdout.write(read_jsonl(sys.argv[1])[0].id)"
-    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[1]),
+                                "JAX_PLATFORMS": "cpu"}
     assert subprocess.run([sys.executable, "-c", code, str(path)], env=environment, capture_output=True, text=True,
                           check=True).stdout == first.id
     # SHA-256 of "abc" begins with ba7816bf (FIPS 180-2, appendix B.1)
@@ -147,6 +150,7 @@ def test_write_then_read_returns_the_records(tmp_path, suffix):
     before = path.read_bytes()
     write_jsonl(path, again)
     assert path.read_bytes() == before
+    assert suffix == ".jsonl" or before[4:8] == bytes(4)  # gzip's time field (RFC 1952): equal records, equal bytes
 
     def broken():
         yield records[0]
@@ -246,6 +250,16 @@ def test_sentencepiece_continuation_gets_no_invented_space():
         check_vocab(tokenizer, 511)
 
 
+def test_a_prepended_space_opens_a_text_but_never_a_continuation():
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {token: index for index, token in enumerate(["_", "a", "b", "_a", "ab"])}, [("_", "a"), ("a", "b")]))
+    core.normalizer = tokenizers.normalizers.Prepend("_")
+    tokenizer = Tokenizer(core)
+    assert tokenizer.encode_pair("", "ab") == ([], [3, 2], False)  # it opens the text: "_a", "b"
+    assert tokenizer.encode_pair("b", "ab") == ([0, 2], [4], False)
+    assert tokenizer.encode_pair("ba", "b") == ([0, 2, 1], [2], True)  # "ab" straddles the border
+
+
 def test_tokenizers_load_and_refuse(tmp_path, byte_tokenizer):
     byte_tokenizer.save(tmp_path / "tokenizer.json")
     again = load_tokenizer(tmp_path)
@@ -310,7 +324,8 @@ def test_max_length_takes_from_the_prompt_first_then_from_completions():
 
 
 def test_error_and_drop():
-    with pytest.raises(DataError, match=r"f.jsonl:4: 5 tokens exceed max_prompt = 4 \(prompt 5, completions \[4, 2\]\)"):
+    message = r"f.jsonl:4: 5 tokens exceed max_prompt = 4 \(prompt 5, completions \[4, 2\]\)"
+    with pytest.raises(DataError, match=message):
         tokenized("error", max_prompt=4)
     for bound, limit in (("max_prompt", 4), ("max_completion", 3), ("max_length", 8)):
         records, ledger = tokenized("drop", **{bound: limit})
@@ -362,7 +377,8 @@ def test_nothing_is_lost_uncounted(byte_tokenizer, texts, rule, bounds):
         P = len(record.prompt)
         for bound, found in zip(bounds, (P, record.longest, P + record.longest), strict=True):
             assert bound is None or found <= bound
-        for cut, full, ended in zip(record.completions, whole[record.id].completions, record.completion_ended, strict=True):
+        original = whole[record.id].completions
+        for cut, full, ended in zip(record.completions, original, record.completion_ended, strict=True):
             assert len(cut) and np.array_equal(cut, full[:len(cut)]) and ended == (len(cut) == len(full))
 
 
@@ -370,7 +386,8 @@ def test_sampled_ids_are_taken_as_they_are():
     record = token_record("a", [1, 5], [[5, 6, 2], np.asarray([7], np.int64)], eos_ids={2, 3}, scores=[1, 2])
     assert record.completion_ended == (True, False) and record.scores == (1.0, 2.0)
     assert all(c.dtype == np.int32 for c in record.completions)
-    for arguments, words_ in (({"completions": [[]]}, "no tokens"), ({"completions": [[2, 5]]}, "end token 2 at 0 of 2"),
+    for arguments, words_ in (({"completions": [[]]}, "no tokens"),
+                              ({"completions": [[2, 5]]}, "end token 2 at 0 of 2"),
                               ({"completions": [[1.5]]}, "integer"), ({"completions": [[-1]]}, "-1"),
                               ({"completions": [[5]], "scores": [1, 2]}, "scores: 2 entries")):
         with pytest.raises(DataError, match=words_):
@@ -418,6 +435,8 @@ def test_grouping_by_length_keeps_every_record_and_tightens_batches():
     assert plan.num_steps(1) == 16
     batches = [plan.batch_indices(step) for step in range(16)]
     assert sorted(np.concatenate(batches)) == list(range(64))
+    later = [plan.batch_indices(step) for step in range(16, 32)]  # the next window is the next epoch here
+    assert sorted(np.concatenate(later)) == list(range(64))
     spread = sum(np.ptp(lengths[b]) for b in batches)
     assert spread < sum(np.ptp(lengths[plain.batch_indices(step)]) for step in range(16)) / 4
     assert np.corrcoef([lengths[b].mean() for b in batches], range(16))[0, 1] ** 2 < 0.5  # not sorted by length

@@ -117,7 +117,8 @@ def test_an_empty_prompt_is_scored_from_bos_and_without_it_from_the_second_token
 
 
 def test_scores_are_given_when_every_record_has_them():
-    scored = [token_record(name, [1], [[5], [6]][:count], scores=[2.0, 1.0][:count]) for name, count in (("a", 2), ("b", 1))]
+    scored = [token_record(name, [1], [[5], [6]][:count], scores=[2.0, 1.0][:count])
+              for name, count in (("a", 2), ("b", 1))]
     assert padded(scored, K=2, T=4, L=2, pad_id=0).data["scores"].tolist() == [[2, 1], [2, 0]]
     assert "scores" not in padded([*scored, A], K=2, T=8, L=4, pad_id=0).data
 

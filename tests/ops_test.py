@@ -122,7 +122,7 @@ def test_equal_distributions_have_zero_kl_and_zero_gradient(budget):
 
 
 def test_chunked_logits_never_exist_whole():
-    """The largest intermediate of the compiled L-chunked and V-chunked programs stays within the budget."""
+    """No full [B,K,L,V] array is traced, forward or backward; the chunk that the budget allows is."""
     hidden, head, targets, other = jax.tree.map(jnp.asarray, _case(dtype=np.float32))
     for budget, columns in ((BY_LENGTH, 2 * V), (BY_VOCAB, 4)):
         jaxpr = str(jax.make_jaxpr(jax.grad(lambda h: head_stats(

@@ -9,7 +9,8 @@ from alignax.types import ConfigError, DataError
 
 
 def test_lexicon_counts_whole_words():
-    texts = ["He smiled. HAPPY happy!", "she cried , sad and scared .", "unhappy happiness", "", "happy-sad", "happy_sad5"]
+    texts = ["He smiled. HAPPY happy!", "she cried , sad and scared .", "unhappy happiness", "", "happy-sad",
+             "happy_sad5"]
     reward = lexicon_reward(texts)
     assert reward.tolist() == [1 + 2, -3, 0, 0, 1 - 1, 1 - 1] and reward.dtype == np.float32
     assert lexicon_reward([]).shape == (0,)

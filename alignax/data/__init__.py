@@ -11,6 +11,7 @@ from alignax.data.tokens import (TextPolicy, Tokenizer, check_vocab, load_policy
 from alignax.data.truncate import TRUNCATION, TokenRecord, token_record, tokenize_records
 
 __all__ = ["TRUNCATION", "Ledger", "Plan", "Record", "TextPolicy", "TokenRecord", "Tokenizer", "bucket", "bucket_shape",
-           "check_vocab", "epoch_order", "generate_corpus", "load_policy", "load_tokenizer", "mismatched", "padded", "prompt_texts",
-           "read_jsonl", "record_number", "shared_prefix", "split_prompts", "stories_tokenizer", "story_records", "text_policy",
-           "token_record", "tokenize_records", "train_tokenizer", "word_tokenizer", "write_jsonl"]
+           "check_vocab", "epoch_order", "generate_corpus", "load_policy", "load_tokenizer", "mismatched", "padded",
+           "prompt_texts", "read_jsonl", "record_number", "shared_prefix", "split_prompts", "stories_tokenizer",
+           "story_records", "text_policy", "token_record", "tokenize_records", "train_tokenizer", "word_tokenizer",
+           "write_jsonl"]

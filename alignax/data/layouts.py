@@ -11,6 +11,7 @@ there is no BOS, nothing predicts the first token, so slot 0 is not scored; such
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -70,8 +71,8 @@ def mismatched(records: Sequence[TokenRecord]) -> list[TokenRecord]:
     if len(records) < 2:
         raise ConfigError(f"mismatched: the batch has {len(records)} record(s); KTO's KL term needs at least 2")
     partners = [*records[1:], records[0]]
-    return [TokenRecord(a.number, a.id, a.prompt, b.completions, b.completion_ended, None, b.labels, None, a.file, a.line)
-            for a, b in zip(records, partners, strict=True)]
+    return [dataclasses.replace(a, completions=b.completions, completion_ended=b.completion_ended, scores=None,
+                                labels=b.labels, margin=None) for a, b in zip(records, partners, strict=True)]
 
 
 def _check(records: Sequence[TokenRecord], K: int, T: int, L: int, layout: str) -> None:
@@ -83,8 +84,8 @@ def _check(records: Sequence[TokenRecord], K: int, T: int, L: int, layout: str) 
             raise DataError(f"{record.place}: {layout}: the record has no completions to lay out")
         for name, need, given in (("K", found, K), ("T", _width(record, layout), T), ("L", record.longest, L)):
             if need > given:
-                raise DataError(f"{record.place}: {layout}: the record needs {name} >= {need}, given is {given} (prompt "
-                                f"{len(record.prompt)}, completions {[len(c) for c in record.completions]})")
+                raise DataError(f"{record.place}: {layout}: the record needs {name} >= {need}, given is {given} "
+                                f"(prompt {len(record.prompt)}, completions {[len(c) for c in record.completions]})")
 
 
 def _fill(records: Sequence[TokenRecord], K: int, T: int, L: int, pad_id: int, layout: str) -> Stream:
@@ -127,8 +128,8 @@ def _batch(records: Sequence[TokenRecord], K: int, T: int, L: int, pad_id: int, 
     streams = {"pair": _fill(records, K, T, L, pad_id, layout)}
     for name, others in (extra or {}).items():
         if name in streams or len(others) != len(records):
-            raise ConfigError(f"{layout}: extra stream {name!r} with {len(others)} records for a batch of {len(records)}; "
-                              "expected another name than 'pair' and one record each")
+            raise ConfigError(f"{layout}: extra stream {name!r} with {len(others)} records for a batch of "
+                              f"{len(records)}; expected another name than 'pair' and one record each")
         streams[name] = _fill(others, K, T, L, pad_id, layout)
     B = len(records)
     labels, scores = np.zeros((B, K), np.float32), np.zeros((B, K), np.float32)

@@ -121,6 +121,6 @@ class Plan:
         """The stored position; ConfigError where the plan is not the one that the state was taken from."""
         for name, value in self._identity().items():
             if name not in state or int(state[name]) != value:
-                raise ConfigError(f"Plan.resume: {name} was {state.get(name)!r} when the state was stored and is {value} "
-                                  "now; the order of the data would differ")
+                raise ConfigError(f"Plan.resume: {name} was {state.get(name)!r} when the state was stored and is "
+                                  f"{value} now; the order of the data would differ")
         return int(state["position"])

@@ -178,7 +178,8 @@ def _parse(line: _Line) -> Record:
     if "id" in fields:
         name = fields["id"]
         if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
-            raise line.fail("id", f"expected a non-empty string or an integer, found {type(name).__name__} {name!r:.80}")
+            raise line.fail("id", f"expected a non-empty string or an integer, found {type(name).__name__} "
+                                  f"{name!r:.80}")
         name = line.text("id", empty=False, value=str(name))
     else:
         content = json.dumps([prompt, completions, scores, labels, margin, line.number], ensure_ascii=True)

@@ -24,22 +24,24 @@ BOYS = "Tom Ben Max Sam Leo Jack Tim Finn Noah Luke Owen Hugo".split()
 GIRLS = "Mia Lily Anna Zoe Ella Ruby Lucy Nora Kate Rose Ivy Emma".split()
 PLACES = ("river park farm forest beach garden school house lake hill market barn bridge village meadow library pond "
           "zoo castle kitchen shop street island tower").split()
-ANIMALS = "dog cat bird rabbit fox duck frog bear mouse horse sheep turtle pig goat owl squirrel cow hen snail puppy kitten".split()
+ANIMALS = ("dog cat bird rabbit fox duck frog bear mouse horse sheep turtle pig goat owl squirrel cow hen snail puppy "
+           "kitten").split()
 OBJECTS = ("ball kite boat drum book hat cake apple basket lamp flower shell bell map cup box doll stick coat "
            "wagon rope spoon blanket bucket ladder puzzle whistle crown").split()
 COLORS = "red blue green yellow white brown pink gray big little old new round tall small striped".split()
 FOODS = "bread soup milk cheese rice honey corn pie beans jam".split()
-TIMES = ["then", "later", "soon", "at noon", "after lunch", "in the morning", "in the evening", "that day", "after dinner", "before bed"]
+TIMES = ["then", "later", "soon", "at noon", "after lunch", "in the morning", "in the evening", "that day",
+         "after dinner", "before bed"]
 
-GOOD_ADJECTIVES = ("happy glad joyful kind gentle sweet nice brave cheerful proud merry playful friendly funny calm lucky silly great "
-                   "lovely wonderful").split()
+GOOD_ADJECTIVES = ("happy glad joyful kind gentle sweet nice brave cheerful proud merry playful friendly funny calm "
+                   "lucky silly great lovely wonderful").split()
 GOOD_VERBS = "loved liked enjoyed found saved".split()
 GOOD_ACTS = "smiled laughed danced sang clapped cheered giggled won".split()
 GOOD_TOUCH = "hugged helped thanked kissed".split()
 GOOD_SKY = "bright warm beautiful pretty".split()
 
-BAD_ADJECTIVES = ("sad angry scared afraid lonely upset worried mean rude grumpy gloomy tired sick hungry bored jealous selfish sorry "
-                  "terrible").split()
+BAD_ADJECTIVES = ("sad angry scared afraid lonely upset worried mean rude grumpy gloomy tired sick hungry bored "
+                  "jealous selfish sorry terrible").split()
 BAD_VERBS = "hated lost broke kicked missed".split()
 BAD_ACTS = "cried wept screamed shouted sobbed frowned fell trembled yelled".split()
 BAD_TOUCH = "pushed hurt hit fought".split()
@@ -55,20 +57,24 @@ OPENINGS = ("{n} went to the {place} .", "one day {n} was at the {place} .", "{n
 NEUTRAL = ("{time} {p} saw a {color} {animal} near the {place} .", "the {object} was {color} and {color2} .",
            "{time} {p} {walked} to the {place} with {m} .", "{p} {took} the {color} {object} home .",
            "{p} and {m} ate some {food} .", "{m} put the {object} near the {animal} .")
-ONE = ("{p} {act} when {p} saw the {animal} .", "the {color} {animal} was {adjective} .", "{time} {p} {verb} the {object} .",
-       "{m} {touch} the {color} {animal} .", "the sky over the {place} was {sky} .", "{p} felt very {adjective} .")
+ONE = ("{p} {act} when {p} saw the {animal} .", "the {color} {animal} was {adjective} .",
+       "{time} {p} {verb} the {object} .", "{m} {touch} the {color} {animal} .",
+       "the sky over the {place} was {sky} .", "{p} felt very {adjective} .")
 TWO = ("the {adjective} {animal} {touch} {h} .", "{time} {p} and {m} {act} and {act2} .",
        "{p} {verb} the {object} and {act} .", "{m} was {adjective} and the {place} was {sky} .")
 
-_FILL = {"good": {"adjective": GOOD_ADJECTIVES, "verb": GOOD_VERBS, "act": GOOD_ACTS, "touch": GOOD_TOUCH, "sky": GOOD_SKY},
-         "bad": {"adjective": BAD_ADJECTIVES, "verb": BAD_VERBS, "act": BAD_ACTS, "touch": BAD_TOUCH, "sky": BAD_SKY}}
+_FILL = {"good": {"adjective": GOOD_ADJECTIVES, "verb": GOOD_VERBS, "act": GOOD_ACTS, "touch": GOOD_TOUCH,
+                  "sky": GOOD_SKY},
+         "bad": {"adjective": BAD_ADJECTIVES, "verb": BAD_VERBS, "act": BAD_ACTS, "touch": BAD_TOUCH,
+                 "sky": BAD_SKY}}
 _NEUTRAL_FILL = {"animal": ANIMALS, "place": PLACES, "object": OBJECTS, "color": COLORS, "food": FOODS, "time": TIMES,
                  "walked": WALKED, "took": TOOK}
 
 # P(sentence is worth -2, -1, 0, 1, 2) under each mood, and the moods' own probabilities.
 MOODS = ("happy", "plain", "sad")
 MOOD_WEIGHTS = (0.3, 0.4, 0.3)
-_WORTH = {"happy": (0.0, 0.1, 0.5, 0.33, 0.07), "plain": (0.03, 0.17, 0.6, 0.17, 0.03), "sad": (0.07, 0.33, 0.5, 0.1, 0.0)}
+_WORTH = {"happy": (0.0, 0.1, 0.5, 0.33, 0.07), "plain": (0.03, 0.17, 0.6, 0.17, 0.03),
+          "sad": (0.07, 0.33, 0.5, 0.1, 0.0)}
 _SENTENCES = (2, 3, 4)
 _SENTENCE_WEIGHTS = (0.4, 0.45, 0.15)
 _RECALL = 0.7  # how often a sentence speaks of the place, animal or object of its opening
@@ -86,7 +92,8 @@ def all_prompts() -> tuple[str, ...]:
         slots = {name: values for name, values in
                  (("n", BOYS + GIRLS), ("place", PLACES), ("animal", ANIMALS), ("color", COLORS), ("object", OBJECTS))
                  if "{" + name + "}" in opening}
-        out += [opening.format(**dict(zip(slots, values, strict=True))) for values in itertools.product(*slots.values())]
+        out += [opening.format(**dict(zip(slots, values, strict=True)))
+                for values in itertools.product(*slots.values())]
     return tuple(out)
 
 
@@ -143,8 +150,8 @@ def split_prompts(seed: int, n_train: int, n_eval: int) -> tuple[list[str], list
     """
     everything = all_prompts()
     if n_train < 0 or n_eval < 0 or n_train + n_eval > len(everything):
-        raise ConfigError(f"split_prompts: n_train {n_train} and n_eval {n_eval}; expected both >= 0 and a sum of at most "
-                          f"{len(everything)}, the number of openings")
+        raise ConfigError(f"split_prompts: n_train {n_train} and n_eval {n_eval}; expected both >= 0 and a sum of "
+                          f"at most {len(everything)}, the number of openings")
     order = np.random.default_rng([seed, 0]).permutation(len(everything))
     return ([everything[i] for i in order[n_eval:n_eval + n_train]], [everything[i] for i in order[:n_eval]])
 

@@ -117,7 +117,8 @@ class Tokenizer:
         found = self._core.token_to_id(token)
         if found is None:
             special = sorted(str(t.content) for t in self._core.get_added_tokens_decoder().values())
-            raise ConfigError(f"token {token!r} is not in the vocabulary of {self.vocab_size}; special tokens: {special}")
+            raise ConfigError(f"token {token!r} is not in the vocabulary of {self.vocab_size}; special tokens: "
+                              f"{special}")
         return found
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -177,7 +178,8 @@ def load_tokenizer(folder_or_file: str | os.PathLike, *, special_in_text: bool =
 def text_policy(tokenizer: Tokenizer, *, bos: str | None = BOS, eos: str | None = EOS, pad: str = PAD,
                 more_eos: Sequence[str] = ()) -> TextPolicy:
     """A policy from token spellings; `more_eos` also end a sampled completion. ConfigError on an unknown token."""
-    return TextPolicy(None if bos is None else tokenizer.token_id(bos), None if eos is None else tokenizer.token_id(eos),
+    return TextPolicy(None if bos is None else tokenizer.token_id(bos),
+                      None if eos is None else tokenizer.token_id(eos),
                       frozenset(tokenizer.token_id(token) for token in more_eos), tokenizer.token_id(pad))
 
 

@@ -192,8 +192,8 @@ def tokenize_records(records: Iterable[Record], tokenizer: Tokenizer, policy: Te
         bare = [k for k, ids in enumerate(shorter) if len(ids) - (not prompt) < 1]
         if bare:
             if truncation == "error":
-                raise DataError(f"{record.place}: completion {bare[0]} has no scored token (prompt {len(prompt)} tokens, "
-                                f"completion {len(shorter[bare[0]])}); set a BOS or EOS, or drop it")
+                raise DataError(f"{record.place}: completion {bare[0]} has no scored token (prompt {len(prompt)} "
+                                f"tokens, completion {len(shorter[bare[0]])}); set a BOS or EOS, or drop it")
             ledger.drop("no scored tokens")
             continue
         for (reason, side), count in scratch.cuts.items():

@@ -55,7 +55,7 @@ def robust_dpo(logps: Array, ref_logps: Array, *, beta: Any = 0.1, label_smoothi
     return links.debiased(beta * (chosen - rejected), label_smoothing)
 
 
-@method(id="ipo", system="IPO / PsiPO", arxiv="2310.12036", fidelity="paper", completions=2)
+@method(id="ipo", system="IPO / PsiPO", arxiv="2310.12036", fidelity="third-party code", completions=2)
 def ipo(logps: Array, ref_logps: Array, lengths: Array, *, tau: Any = 0.1, length_average: bool = False) -> jax.Array:
     """Identity preference optimisation: (D - 1 / (2 tau))^2.
 
@@ -236,8 +236,8 @@ def apo_down(logps: Array, ref_logps: Array, *, beta: Any = 0.1) -> jax.Array:
     return jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(-beta * (chosen - rejected))
 
 
-@method(id="exo", system="EXO: efficient exact optimisation", arxiv="2402.00856", fidelity="paper", completions=2,
-        limits={"label_smoothing": (1e-12, 0.5)})
+@method(id="exo", system="EXO: efficient exact optimisation", arxiv="2402.00856", fidelity="third-party code",
+        completions=2, limits={"label_smoothing": (1e-12, 0.5)})
 def exo(logps: Array, ref_logps: Array, *, beta: Any = 0.1, label_smoothing: Any = 1e-3) -> jax.Array:
     """Exact optimisation on a pair: KL((sigmoid(m), sigmoid(-m)) || (1 - e, e)), m = beta D, e > 0.
 
@@ -343,7 +343,7 @@ def beta_dpo(logps: Array, ref_logps: Array, state: Any, key: jax.Array, *, beta
     return Terms({"loss": Term(links.logistic(batch_beta * delta), kept, "pairs")}, new_state, metrics)
 
 
-@method(id="pl_dpo", system="PL-DPO: Plackett-Luce DPO", arxiv="2305.18290", fidelity="paper")
+@method(id="pl_dpo", system="PL-DPO: Plackett-Luce DPO", arxiv="2305.18290", fidelity="reconstruction")
 def plackett_luce(logps: Array, ref_logps: Array, valid: Array, *, beta: Any = 0.1) -> jax.Array:
     """Plackett-Luce DPO on a ranked list, best first: -sum_k [r_k - log sum_{j >= k} e^{r_j}], r = beta lr.
 

@@ -256,7 +256,7 @@ def save(path: str | os.PathLike, config: DecoderConfig, params: Params, *, bos_
 
 
 def _tokenizer_ids(path: pathlib.Path, settings: dict[str, Any]) -> Callable[[str], int | None]:
-    """A look-up from a special token's role ("pad", ...) to its id, through tokenizer_config.json and tokenizer.json."""
+    """A look-up from a role ("pad", ...) to its token id, through tokenizer_config.json and tokenizer.json."""
     table: dict[str, int] = {}
     if (path / "tokenizer.json").is_file():
         tokenizer = _read_json(path / "tokenizer.json")

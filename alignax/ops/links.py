@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 EXP_CLIP = 80.0
-"""Default largest exponent of an exponential link: e^80 is finite in float32, and so is its square root's square."""
+"""Default largest exponent of an exponential link: e^80 is finite in float32 (the limit is e^88)."""
 
 
 def logistic(m: jax.Array) -> jax.Array:

@@ -68,7 +68,8 @@ def bradley_terry_pairs(scores: np.ndarray, rng: np.random.Generator, scale: flo
     if texts is not None:
         sizes = {len(row) for row in texts}
         if len(texts) != n or not sizes <= {K}:
-            raise DataError(f"bradley_terry_pairs: texts has {len(texts)} rows of {sorted(sizes)}, scores {scores.shape}")
+            raise DataError(f"bradley_terry_pairs: texts has {len(texts)} rows of {sorted(sizes)}, "
+                            f"scores {scores.shape}")
         allowed = np.asarray([[row[i] != row[j] for i, j in zip(first, second, strict=True)] for row in texts],
                              bool).reshape(n, len(first))
     draws = rng.random((n, len(first), 2))  # prompt by prompt, so that later prompts change nothing for earlier ones
