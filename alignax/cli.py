@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     console, problems = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(width=120)  # a log file has no width of its own
     try:
         launch.compilation_cache()
         if arguments.command == "train":
@@ -104,7 +106,7 @@ def _generate(arguments, console) -> int:
     from alignax.types import ConfigError
 
     if arguments.model:
-        path, section = arguments.model, {"path": arguments.model, "remat": "none", "head_megabytes": 64}
+        path, section = arguments.model, {"path": arguments.model, "remat": "none", "head_megabytes": 64, "unroll": 1}
         tokenizer_name, text = "", {"add_bos": True, "eos_id": -1}
         params = None
     else:
@@ -168,9 +170,9 @@ def _methods(arguments, console) -> int:
     for name in losses.names():
         loss = losses.get(name)
         file = pathlib.Path(inspect.getsourcefile(loss.fn)).resolve()
-        config = root / "experiments" / "methods" / f"{name}.py"
+        config = root / "experiments" / "methods" / f"{loss.fn.__name__}.py"
         rows.append({"id": name, "kind": loss.info.kind, "system": loss.info.system, "arxiv": loss.info.arxiv,
-                     "fidelity": loss.info.fidelity, "signature": f"{name}{inspect.signature(loss.fn)}",
+                     "fidelity": loss.info.fidelity, "signature": f"{loss.fn.__name__}{inspect.signature(loss.fn)}",
                      "file": str(file.relative_to(root)),
                      "config": str(config.relative_to(root)) if config.exists() else None})
     if arguments.json:

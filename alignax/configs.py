@@ -11,7 +11,6 @@ import difflib
 from ml_collections import ConfigDict
 
 from alignax import losses
-from alignax.models import DecoderConfig
 from alignax.types import ConfigError
 
 
@@ -43,7 +42,7 @@ def train_stage(loss: str = "dpo", *, hyper=None, optim=None, data=None, **over)
         max_prompt=0, max_completion=0, max_length=0, truncation="error", shapes="global", bucket_multiple=8,
         eval_every=50, log_every=10, checkpoint_every=100, keep_best=0, compile_budget=8, records_in_log=4))
     stage.data = ConfigDict(dict(path="builtin:stories", eval_path="", eval_records=256, max_records=0,
-                                 on_identical="drop", **{}))
+                                 on_identical="drop"))
     stage.data.update(data or {})
     stage.loss = loss_section(loss, **(hyper or {}))
     stage.optim = optim_section(**(optim or {}))
@@ -94,16 +93,9 @@ def model_section(**over) -> ConfigDict:
     section = ConfigDict(dict(
         path="", vocab_size=0, hidden_size=96, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2,
         head_dim=24, rope_theta=10000.0, rms_norm_eps=1e-5, tie_embeddings=True, max_positions=512, remat="none",
-        head_megabytes=64))
+        head_megabytes=64, unroll=1))
     section.update(over)
     return section
-
-
-def decoder_config(section: ConfigDict, vocab_size: int) -> DecoderConfig:
-    """The decoder's shape from a model section without a path."""
-    shape = {k: v for k, v in section.items() if k not in ("path", "remat", "head_megabytes")}
-    shape["vocab_size"] = shape["vocab_size"] or vocab_size
-    return DecoderConfig(**shape)
 
 
 _TEMPLATES = {"train": train_stage, "sample": sample_stage, "evaluate": evaluate_stage}
@@ -167,3 +159,44 @@ def _check_keys(section: ConfigDict, legal: set[str], where: str) -> None:
             near = difflib.get_close_matches(key, sorted(legal), 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"{where}.{key} is not a key{hint}; allowed: {', '.join(sorted(legal))}")
+
+
+def embedded_run(loss: str = "dpo", *, hyper=None, optim=None, tiny: bool = False, **over) -> ConfigDict:
+    """A short whole run of one loss on the built-in stories: sft, pairs by a gold rule, the loss, evaluation.
+
+    What `experiments/methods/` is made of. `over` goes to the loss's train stage. With data.path set to a file
+    (`--config.method.data.path=FILE --config.method.init=model --config.stages=method,`) only that stage runs.
+    A reward model (a loss that asks for `rewards`) has no policy to sample from and ends after training.
+    """
+    requests = losses.get(loss).requests
+    width = 32 if tiny else 64
+    config = base(tokenizer="builtin:stories")
+    config.model = model_section(hidden_size=width, intermediate_size=2 * width, num_layers=2, num_heads=4,
+                                 num_kv_heads=2, head_dim=width // 4, max_positions=128, unroll=2)
+    supervised = dict(data=dict(max_records=200 if tiny else 3000, eval_records=64),
+                      optim=dict(learning_rate=4e-3, schedule="cosine", warmup_steps=2 if tiny else 10),
+                      batch_size=16 if tiny else 32, steps=4 if tiny else 150, eval_every=4 if tiny else 150)
+    config.sft = train_stage("sft", **supervised)
+    config.sample = sample_stage(num_prompts=24 if tiny else 300, num_samples=4, max_new_tokens=40,
+                                 batch_size=24 if tiny else 100)
+    if loss == "sft":
+        config.method, config.stages = train_stage("sft", hyper=hyper, **supervised | over), ("method", "evaluate")
+    else:
+        settings = dict(data=dict(path="stage:sample", eval_records=16), batch_size=8 if tiny else 32,
+                        steps=2 if tiny else 40, eval_every=2 if tiny else 20, log_every=1 if tiny else 5)
+        config.method = train_stage(loss, hyper=hyper, optim={"learning_rate": 5e-4} | dict(optim or {}),
+                                    **settings | over)
+        config.stages = ("sft", "sample", "method", "evaluate")
+    config.evaluate = evaluate_stage(policies=("method",), baseline="model" if loss == "sft" else "sft",
+                                     num_prompts=24 if tiny else 200, max_new_tokens=40, batch_size=24 if tiny else 200,
+                                     examples=2)
+    if "rewards" in requests:
+        config.stages = config.stages[:-1]
+    return config
+
+
+def quick(arg: str) -> bool:
+    """Whether a config's argument asks for the toy size. Raises ConfigError for anything but `tiny` or nothing."""
+    if arg not in ("", "tiny"):
+        raise ConfigError(f"config argument {arg!r}; allowed: tiny")
+    return arg == "tiny"

@@ -88,14 +88,14 @@ def load_model(model: dict, *, vocab_size: int, seed: int) -> tuple[ModelSpec, A
 
     Raises ConfigError for a folder that is missing or a model that alignax does not know.
     """
-    extra = dict(remat=model["remat"], byte_budget=int(model["head_megabytes"] * 1e6))
+    extra = dict(remat=model["remat"], byte_budget=int(model["head_megabytes"] * 1e6), unroll=model["unroll"])
     if model["path"]:
         path = pathlib.Path(model["path"])
         if not path.is_dir():
             raise ConfigError(f"config.model.path={model['path']!r}: no such folder")
         config, params = models.load(path)
     else:
-        shape = {k: v for k, v in model.items() if k not in ("path", "remat", "head_megabytes")}
+        shape = {k: v for k, v in model.items() if k not in ("path", "remat", "head_megabytes", "unroll")}
         shape["vocab_size"] = shape["vocab_size"] or vocab_size
         config = models.DecoderConfig(**shape)
         params = models.init_params(config, jax.random.key(seed))

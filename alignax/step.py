@@ -30,12 +30,13 @@ _SUMS = ("logps", "ref_logps", "kl_logps", "kl_ref_logps")
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """What a forward pass needs besides parameters: the decoder's shape, remat policy, logits' byte budget,
-    and the temperature that divides the logits of policy and reference alike."""
+    the temperature that divides the logits of policy and reference alike, and the layers per turn of the layer loop."""
 
     config: DecoderConfig
     remat: str = "none"
     byte_budget: int = 64_000_000
     temperature: float = 1.0
+    unroll: int = 1
 
 
 class TrainState(NamedTuple):
@@ -63,7 +64,7 @@ def gather_at(hidden: jax.Array, stream: Stream, row: jax.Array, col: jax.Array)
 
 def _slots(spec: ModelSpec, params, stream: Stream) -> tuple[jax.Array, jax.Array]:
     hidden = forward(spec.config, params["model"], stream.tokens, stream.segment, stream.prefix, stream.position,
-                     remat=spec.remat)
+                     remat=spec.remat, unroll=spec.unroll)
     return hidden, gather_slots(hidden, stream)
 
 

@@ -97,8 +97,11 @@ def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | N
 def _claim(workdir: pathlib.Path, plain: dict) -> None:
     """Refuses a folder that holds a run of another config, listing the keys that differ."""
     stored = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir} is a file; it has to be a folder, or not to exist")
     if not stored.exists():
-        if workdir.exists() and any(workdir.iterdir()):
+        # A run that was killed while it claimed the folder may have left half of its config.
+        if workdir.exists() and any(p.name != "config.json.part" for p in workdir.iterdir()):
             raise ConfigError(f"--workdir={workdir} is not empty and holds no run of alignax; nothing was written")
         return
     old = _flat(json.loads(stored.read_text(encoding="utf-8")))
@@ -237,16 +240,18 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
 
     saved = checkpoint.Checkpoints(folder / "checkpoints", keep_best=stage.keep_best)
     at = 0
+    best: dict[str, float] = {}
     if (latest := saved.latest()) is not None:
         state, stored = saved.restore(latest, state)
         at = plan.resume(stored["plan"])
         if stored["total"] != total:
             raise ConfigError(f"{folder}: the checkpoint belongs to a stage of {stored['total']} steps; the config and "
                               f"data give {total}")
+        best = stored["eval"]
         ctx.console.print(f"resuming {name} at step {at} of {total}")
-    writer = metrics_lib.MetricWriter(ctx.workdir, name, resume_at=at)
+    # Without a checkpoint the evaluation at step 0 is done again, so its rows go too.
+    writer = metrics_lib.MetricWriter(ctx.workdir, name, resume_at=-1 if latest is None else at)
     probe = _probe_records(ctx, stage, train)
-    best: dict[str, float] = {}
 
     def evaluate_now(number: int) -> None:
         nonlocal best
@@ -321,7 +326,8 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
                 if number % stage.eval_every == 0 or number == total:
                     evaluate_now(number)
                 if number == total or stopping or number % stage.checkpoint_every == 0:
-                    saved.save(number, state, {"plan": plan.state(number), "total": total}, best or None)
+                    saved.save(number, state, {"plan": plan.state(number), "total": total, "eval": best},
+                               best or None)
             if stopping and number < total:
                 saved.close()
                 writer.close()

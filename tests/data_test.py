@@ -15,10 +15,29 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignax.data import (Ledger, Plan, Record, TextPolicy, Tokenizer, check_vocab, epoch_order, generate_corpus,
-                          load_policy, load_tokenizer, read_jsonl, record_number, split_prompts, stories_tokenizer,
-                          text_policy, token_record, tokenize_records, train_tokenizer, word_tokenizer, write_jsonl)
-from alignax.data import stories
+from alignax.data import (
+    Ledger,
+    Plan,
+    Record,
+    TextPolicy,
+    Tokenizer,
+    check_vocab,
+    epoch_order,
+    generate_corpus,
+    load_policy,
+    load_tokenizer,
+    read_jsonl,
+    record_number,
+    split_prompts,
+    stories,
+    stories_tokenizer,
+    text_policy,
+    token_record,
+    tokenize_records,
+    train_tokenizer,
+    word_tokenizer,
+    write_jsonl,
+)
 from alignax.rewards import lexicon_reward
 from alignax.types import ConfigError, DataError
 

@@ -264,7 +264,7 @@ def test_nca_lists_golden():
 def test_aot_golden_and_identities():
     zero = ZERO(RATIOS)
     u, v = sorted([1, -0.2, 0.5]), sorted([-0.5, 0.3, 0])
-    unpaired = sum(sp(-0.1 * (a - b)) for a, b in zip(u, v)) / 3
+    unpaired = sum(sp(-0.1 * (a - b)) for a, b in zip(u, v, strict=True)) / 3
     np.testing.assert_allclose(unpaired, 0.668493, atol=1e-6)
     run = lambda ratios, **k: value(losses.aot(ratios, ZERO(ratios), beta=0.1, **k))
     np.testing.assert_allclose(run(RATIOS, paired=False), unpaired, rtol=1e-6)
@@ -294,7 +294,7 @@ def test_tdpo_values_and_where_its_gradient_stops():
     np.testing.assert_allclose(value(first(KLS)), sp(-0.1 * (u - (kl - kw))), rtol=1e-6)
     np.testing.assert_allclose(value(run(KLS, alpha=0.0)), sp(-0.1 * u), rtol=1e-6)
     np.testing.assert_allclose(value(run(KLS, alpha=1.0)), value(first(KLS)), rtol=1e-6)
-    second, both = (jax.grad(lambda k: value_of(f(k)))(KLS) for f in (run, first))
+    second, both = (jax.grad(lambda k, f=f: value_of(f(k)))(KLS) for f in (run, first))
     np.testing.assert_array_equal(second[0, 0], 0)
     assert second[0, 1, 0] > 0 and both[0, 1, 0] > 0 > both[0, 0, 0]
 

@@ -109,13 +109,13 @@ def test_every_float_hyper_parameter_may_be_traced(name):
 
     @jax.jit
     def sweep(values):
-        rows = dict(zip(hyper, values))
-        return jax.vmap(at)(rows), {key: jax.vmap(lambda x: at({key: x}))(row) for key, row in rows.items()}
+        rows = dict(zip(hyper, values, strict=True))
+        return jax.vmap(at)(rows), {key: jax.vmap(lambda x, key=key: at({key: x}))(row) for key, row in rows.items()}
 
     swept, single = sweep(values)
     # The default in the config and the same number as a traced float32 must agree.
     np.testing.assert_allclose(swept[0], reduce_terms(loss(inputs))[0], rtol=1e-4)
-    second = reduce_terms(loss(inputs, **{k: float(v) for k, v in zip(hyper, values[:, 1])}))[0]
+    second = reduce_terms(loss(inputs, **{k: float(v) for k, v in zip(hyper, values[:, 1], strict=True)}))[0]
     np.testing.assert_allclose(swept[1], second, rtol=1e-4)
     for key, one in single.items():  # traced alone, the others static
         assert one.shape == (2,) and np.isfinite(one).all(), key
@@ -176,7 +176,7 @@ def test_examples_are_independent_unless_declared(name):
         terms = result.terms.values() if hasattr(result, "terms") else [result]
         return [t.values if hasattr(t, "values") else t for t in terms]
 
-    moved = any(not np.array_equal(a[1:], b[1:]) for a, b in zip(values(inputs), values(changed)))
+    moved = any(not np.array_equal(a[1:], b[1:]) for a, b in zip(values(inputs), values(changed), strict=True))
     assert moved == loss.info.couples_batch
 
 

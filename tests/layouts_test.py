@@ -5,8 +5,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignax.data import (Ledger, Record, bucket, bucket_shape, mismatched, padded, record_number, shared_prefix,
-                          text_policy, token_record, tokenize_records, train_tokenizer)
+from alignax.data import (
+    Ledger,
+    Record,
+    bucket,
+    bucket_shape,
+    mismatched,
+    padded,
+    record_number,
+    shared_prefix,
+    text_policy,
+    token_record,
+    tokenize_records,
+    train_tokenizer,
+)
 from alignax.data.tokens import TextPolicy
 from alignax.types import ConfigError, DataError
 

@@ -115,7 +115,7 @@ def test_padding_on_either_side_changes_nothing_and_gives_no_nan(params):
     tokens = draw((1, 5))
     base = forward(CONFIG, params, *plain(tokens))
     for left, right in ((0, 4), (3, 1)):
-        pad = lambda a, fill: jnp.pad(a, ((0, 0), (left, right)), constant_values=fill)
+        pad = lambda a, fill, ends=(left, right): jnp.pad(a, ((0, 0), ends), constant_values=fill)
         for fill in (0, 17):
             t, s, p, q = plain(tokens)
             args = (pad(t, fill), pad(s, 0), pad(p, 0), pad(q, 0))
@@ -247,13 +247,13 @@ def test_last_token_positions_keep_to_the_group_of_the_prompt():
     other, other_shared = streams([9], [6, 6])
     for one, two in ((padded, other), (shared, other_shared)):
         width = max(one.tokens.shape[1], two.tokens.shape[1])
-        wide = lambda a: np.pad(a, ((0, 0), (0, width - a.shape[1])))
+        wide = lambda a, width=width: np.pad(a, ((0, 0), (0, width - a.shape[1])))
         grids = ("tokens", "segment", "prefix", "position")
         both = Stream(*(np.concatenate([wide(getattr(s, f)) for s in (one, two)]) for f in grids),
                       *(np.concatenate([getattr(one, f), getattr(two, f)])
                         for f in ("row", "col", "targets", "mask", "valid")), 2)
         for got, *want in zip(jax.jit(models.last_token_positions)(both), models.last_token_positions(one),
-                              models.last_token_positions(two)):
+                              models.last_token_positions(two), strict=True):
             np.testing.assert_array_equal(got, jnp.concatenate(want))
         # The hidden state is its own place: (row in the grid, column).
         rows, columns = both.tokens.shape

@@ -82,7 +82,7 @@ def test_head_gradients_equal_those_of_the_naive_route(budget):
     def total(route, arguments):
         hidden, head, other, temperature = arguments
         stats = route(hidden, head, other, temperature)
-        return sum(jnp.sum(w * stats[name]) for w, name in zip(weights, STATS))
+        return sum(jnp.sum(w * stats[name]) for w, name in zip(weights, STATS, strict=True))
 
     ours = lambda h, head, other, t: head_stats(h, head, targets, want=STATS, other=other, temperature=t,
                                                 byte_budget=budget)
@@ -125,7 +125,7 @@ def test_chunked_logits_never_exist_whole():
     """No full [B,K,L,V] array is traced, forward or backward; the chunk that the budget allows is."""
     hidden, head, targets, other = jax.tree.map(jnp.asarray, _case(dtype=np.float32))
     for budget, columns in ((BY_LENGTH, 2 * V), (BY_VOCAB, 4)):
-        jaxpr = str(jax.make_jaxpr(jax.grad(lambda h: head_stats(
+        jaxpr = str(jax.make_jaxpr(jax.grad(lambda h, budget=budget: head_stats(
             h, head, targets, want=STATS, other=other, byte_budget=budget)["entropy"].sum()))(hidden))
         assert f"[{B},{K},{L},{V}]" not in jaxpr
         shape = f"[{B},{K},2,{V}]" if columns == 2 * V else f"[{B},{K},1,4]"

@@ -109,7 +109,7 @@ def test_an_end_token_is_counted_and_stops_its_row(samples):
     assert samples.finished.any() and not samples.finished.all()  # the seed shows both cases
     np.testing.assert_array_equal(samples.finished, ends.any(-1))
     for tokens, mask, finished, end in zip(*(a.reshape(-1, *a.shape[2:]) for a in (
-            samples.tokens, samples.mask, samples.finished, ends))):
+            samples.tokens, samples.mask, samples.finished, ends)), strict=True):
         length = np.flatnonzero(end)[0] + 1 if finished else 6
         np.testing.assert_array_equal(mask, np.arange(6) < length)
         assert (tokens[length:] == 0).all()
@@ -179,7 +179,7 @@ def test_sampled_frequencies_are_those_of_the_distribution(params, key, temperat
         assert observed[kept].sum() == count
         expected = probs[row, kept] / probs[row, kept].sum() * count
         small = expected < 5  # merged: the chi-square approximation needs counts
-        merge = lambda a: np.append(a[~small], a[small].sum()) if small.any() else a
+        merge = lambda a, small=small: np.append(a[~small], a[small].sum()) if small.any() else a
         assert scipy.stats.chisquare(merge(observed[kept]), merge(expected)).pvalue > 1e-3
 
 

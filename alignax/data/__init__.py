@@ -6,8 +6,16 @@ from alignax.data.plan import Plan, epoch_order
 from alignax.data.records import Record, read_jsonl, record_number, write_jsonl
 from alignax.data.stories import generate_corpus, split_prompts, stories_tokenizer
 from alignax.data.tasks import prompt_texts, story_records
-from alignax.data.tokens import (TextPolicy, Tokenizer, check_vocab, load_policy, load_tokenizer, text_policy,
-                                 train_tokenizer, word_tokenizer)
+from alignax.data.tokens import (
+                                 TextPolicy,
+                                 Tokenizer,
+                                 check_vocab,
+                                 load_policy,
+                                 load_tokenizer,
+                                 text_policy,
+                                 train_tokenizer,
+                                 word_tokenizer,
+)
 from alignax.data.truncate import TRUNCATION, TokenRecord, token_record, tokenize_records
 
 __all__ = ["TRUNCATION", "Ledger", "Plan", "Record", "TextPolicy", "TokenRecord", "Tokenizer", "bucket", "bucket_shape",

@@ -14,11 +14,33 @@ from typing import Any
 
 import jax
 
-from alignax.losses.anchored import (aot, apo_down, apo_zero, beta_dpo, cal_dpo, cdpo, discopop, dpo, dpo_shift, dpop,
-                                     exo, f_dpo, flex_dpo, h_dpo, ipo, ln_dpo, odpo, plackett_luce, r_dpo, robust_dpo,
-                                     rpo, sft_dpo, wpo)
+from alignax.losses.anchored import (
+    aot,
+    apo_down,
+    apo_zero,
+    beta_dpo,
+    cal_dpo,
+    cdpo,
+    discopop,
+    dpo,
+    dpo_shift,
+    dpop,
+    exo,
+    f_dpo,
+    flex_dpo,
+    h_dpo,
+    ipo,
+    ln_dpo,
+    odpo,
+    plackett_luce,
+    r_dpo,
+    robust_dpo,
+    rpo,
+    sft_dpo,
+    wpo,
+)
 from alignax.losses.direct import alpha_po, asft, cpo, orpo, simpo, slic_hf
-from alignax.losses.info import MethodInfo, method
+from alignax.losses.info import MethodInfo
 from alignax.losses.inputs import sums
 from alignax.losses.pointwise import info_nca, kto, nca, npo
 from alignax.losses.reward import bt_rm

@@ -15,8 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from alignax.losses.info import method
-from alignax.losses.inputs import (floats, log_ratios, pair, pair_log_ratios, pair_sums, per_token, sums, token_sum,
-                                   valid_log_ratios)
+from alignax.losses.inputs import (
+    floats,
+    log_ratios,
+    pair,
+    pair_log_ratios,
+    pair_sums,
+    per_token,
+    sums,
+    token_sum,
+    valid_log_ratios,
+)
 from alignax.ops import links
 from alignax.types import Array, ConfigError, Term, Terms
 

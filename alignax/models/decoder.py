@@ -227,12 +227,14 @@ def attention_mask(segment: Array, prefix: Array) -> Array:
 
 
 def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array, prefix: Array, position: Array, *,
-            remat: str = "none") -> Array:
+            remat: str = "none", unroll: int = 1) -> Array:
     """Hidden states after the final norm, [R,T,D] in the parameters' dtype, of int32 grids [R,T].
 
     Layers run in a `lax.scan`. remat: `none` keeps every intermediate; `full` keeps only each layer's input; `dots`
-    also keeps the results of weight products. Attention follows attention_mask; where segment is 0 the result is
-    finite and means nothing. Memory of attention is R * num_heads * T^2. Raises ConfigError for an unknown remat.
+    also keeps the results of weight products. unroll: layers per turn of the loop; on CPUs a loop of tiny layers costs
+    more than its body, and unroll = num_layers leaves no loop. Attention follows attention_mask; where segment is 0 the
+    result is finite and means nothing. Memory of attention is R * num_heads * T^2. Raises ConfigError for an unknown
+    remat.
     """
     if remat not in REMAT:
         raise ConfigError(f"forward(remat=): found {remat!r}, allowed: {', '.join(REMAT)}")
@@ -247,7 +249,7 @@ def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
         # Inside a scan the compiler cannot merge the recomputation with the first pass, so the guard is not needed.
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, params["layers"])
+    x, _ = jax.lax.scan(body, x, params["layers"], unroll=min(unroll, config.num_layers))
     return _rms_norm(x, params["norm"], config.rms_norm_eps)
 
 
@@ -305,7 +307,7 @@ def decode_step(config: DecoderConfig, params: Params, tokens: Array, position: 
     mask = key_valid[:, None, :] & (jnp.arange(slots)[None, :] <= own[:, None])[None]
     new = []
     for number, layer_cache in enumerate(cache):
-        layer = _merge_layer(config, jax.tree.map(lambda a: a[number], params["layers"]))
+        layer = _merge_layer(config, jax.tree.map(lambda a, number=number: a[number], params["layers"]))
         x, layer_cache = layer(x, cos, sin, mask, layer_cache, cache_index)
         new.append(layer_cache)
     return _rms_norm(x, params["norm"], config.rms_norm_eps), new

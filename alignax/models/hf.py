@@ -296,11 +296,8 @@ def read_generation_ids(path: str | os.PathLike) -> dict[str, Any]:
     lookup = None
     result: dict[str, Any] = {}
     for role in ("bos", "eos", "pad"):
-        key, found, place = f"{role}_token_id", None, None
-        for place, content in raw:
-            found = content.get(key)
-            if found is not None:
-                break
+        key = f"{role}_token_id"
+        place, found = next(((file, content[key]) for file, content in raw if content.get(key) is not None), (None, None))
         if found is None and has_tokenizer:
             if lookup is None:
                 lookup = _tokenizer_ids(path, _read_json(path / "tokenizer_config.json"))

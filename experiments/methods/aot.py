@@ -1,0 +1,14 @@
+"""AOT: alignment via optimal transport (arXiv 2406.05882).
+
+    alignax train --config experiments/methods/aot.py --workdir runs/aot
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("aot", tiny=configs.quick(arg))

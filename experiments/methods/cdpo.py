@@ -1,0 +1,14 @@
+"""cDPO: conservative DPO (label smoothing).
+
+    alignax train --config experiments/methods/cdpo.py --workdir runs/cdpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("cdpo", tiny=configs.quick(arg))

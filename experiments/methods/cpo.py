@@ -1,0 +1,14 @@
+"""CPO: contrastive preference optimisation (arXiv 2401.08417).
+
+    alignax train --config experiments/methods/cpo.py --workdir runs/cpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("cpo", tiny=configs.quick(arg))

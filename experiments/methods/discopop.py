@@ -1,0 +1,14 @@
+"""DiscoPOP (arXiv 2406.08414).
+
+    alignax train --config experiments/methods/discopop.py --workdir runs/discopop
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("discopop", tiny=configs.quick(arg))

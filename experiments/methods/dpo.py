@@ -1,0 +1,14 @@
+"""Direct Preference Optimization (arXiv 2305.18290).
+
+    alignax train --config experiments/methods/dpo.py --workdir runs/dpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("dpo", tiny=configs.quick(arg))

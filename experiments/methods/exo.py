@@ -1,0 +1,14 @@
+"""EXO: efficient exact optimisation (arXiv 2402.00856).
+
+    alignax train --config experiments/methods/exo.py --workdir runs/exo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("exo", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""f-DPO (arXiv 2309.16240).
+
+    alignax train --config experiments/methods/f_dpo.py --workdir runs/f_dpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("f_dpo", tiny=configs.quick(arg))

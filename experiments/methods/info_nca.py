@@ -1,0 +1,14 @@
+"""InfoNCA (arXiv 2402.05369).
+
+    alignax train --config experiments/methods/info_nca.py --workdir runs/info_nca
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("info_nca", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""LN-DPO: length-normalised DPO.
+
+    alignax train --config experiments/methods/ln_dpo.py --workdir runs/ln_dpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("ln_dpo", tiny=configs.quick(arg))

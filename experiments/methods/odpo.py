@@ -1,0 +1,14 @@
+"""DPO with an offset (arXiv 2402.10571).
+
+    alignax train --config experiments/methods/odpo.py --workdir runs/odpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("odpo", tiny=configs.quick(arg))

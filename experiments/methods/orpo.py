@@ -1,0 +1,14 @@
+"""ORPO (arXiv 2403.07691).
+
+    alignax train --config experiments/methods/orpo.py --workdir runs/orpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("orpo", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""Supervised fine-tuning (next-token cross-entropy).
+
+    alignax train --config experiments/methods/sft.py --workdir runs/sft
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("sft", tiny=configs.quick(arg))

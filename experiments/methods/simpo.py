@@ -1,0 +1,14 @@
+"""SimPO (arXiv 2405.14734).
+
+    alignax train --config experiments/methods/simpo.py --workdir runs/simpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("simpo", tiny=configs.quick(arg))
