@@ -118,7 +118,8 @@ def text_policy(tokenizer: data.Tokenizer, model_path: str, *, add_bos: bool, eo
     if model_path:
         ends = models.read_generation_ids(model_path)["eos"]
         if not ends:
-            raise ConfigError(f"config.model.path={model_path!r}: no end token in generation_config.json or config.json")
+            raise ConfigError(f"config.model.path={model_path!r}: no end token in generation_config.json or "
+                              "config.json")
         policy = data.load_policy(model_path, eos_id=ends[0] if eos_id < 0 else eos_id)
     else:
         policy = data.text_policy(tokenizer)

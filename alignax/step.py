@@ -244,7 +244,7 @@ def make_update(spec: ModelSpec, loss: Loss, optimizer: optax.GradientTransforma
     def update(state: TrainState, ref_params, batch: Batch, hyper, key):
         run = whole if accumulation == 1 else in_parts
         scalar, grads, inputs, parts, out = run(state.params, ref_params, batch, hyper, key, state.loss_state)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(scalar) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_loss_state = getattr(out, "new_state", None)

@@ -11,7 +11,7 @@ to at least 3 and win rate >= 0.9 at mean sequence KL <= 10 nats.
 
 from alignax import configs
 
-STRENGTHS = (0.1, 0.2, 0.3, 0.5)
+STRENGTHS = (0.5, 0.3, 0.2, 0.1)
 
 
 def get_config(arg: str = ""):
@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
         names.append(name)
         config[name] = configs.train_stage(
             "dpo", hyper=dict(beta=beta), init="model", data=dict(path="stage:sample", eval_records=32),
-            optim=dict(learning_rate=2e-3, schedule="linear"), batch_size=8 if tiny else 16,
+            optim=dict(learning_rate=2e-4, schedule="linear"), batch_size=8 if tiny else 16,
             epochs=1 if tiny else 3, eval_every=10, log_every=1 if tiny else 5, checkpoint_every=200)
     config.evaluate = configs.evaluate_stage(
         policies=tuple(names), baseline="model", prompts="builtin:openings", num_prompts=16 if tiny else 256,

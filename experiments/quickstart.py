@@ -28,15 +28,17 @@ def get_config(arg: str = ""):
         batch_size=16 if tiny else 32, steps=20 if tiny else 450, eval_every=10 if tiny else 150,
         checkpoint_every=10 if tiny else 150)
     config.sample = configs.sample_stage(num_prompts=40 if tiny else 700, num_samples=4 if tiny else 6,
-                                         max_new_tokens=40, batch_size=40 if tiny else 100, label_scale=1.0, pairs="all")
+                                         max_new_tokens=40, batch_size=40 if tiny else 100, label_scale=1.0,
+                                         pairs="all")
     names = []
     for beta in STRENGTHS[:2] if tiny else STRENGTHS:
         name = f"dpo_{beta:g}".replace(".", "_")
         names.append(name)
         config[name] = configs.train_stage(
             "dpo", hyper=dict(beta=beta), init="sft", data=dict(path="stage:sample", eval_records=64),
-            optim=dict(learning_rate=1e-3, schedule="linear", warmup_steps=0 if tiny else 5), batch_size=16 if tiny else 64,
-            epochs=1, eval_every=2 if tiny else 10, log_every=1 if tiny else 5, checkpoint_every=200)
+            optim=dict(learning_rate=1e-3, schedule="linear", warmup_steps=0 if tiny else 5),
+            batch_size=16 if tiny else 64, epochs=1, eval_every=2 if tiny else 10, log_every=1 if tiny else 5,
+            checkpoint_every=200)
     config.evaluate = configs.evaluate_stage(policies=tuple(names), baseline="sft", num_prompts=64 if tiny else 600,
                                              max_new_tokens=40, batch_size=64 if tiny else 200)
     config.stages = ("sft", "sample", *names, "evaluate")

@@ -295,6 +295,7 @@ def torch_logits(model, tokens):
         return model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.float().numpy()
 
 
+@pytest.mark.slow  # importing transformers takes seconds; its extra comes with the second tier
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_equal_transformers_both_ways(tmp_path, tied):
     torch = pytest.importorskip("torch")
@@ -475,7 +476,15 @@ def test_a_pretrained_model_finds_its_own_language_likely():
     assert -0.5 < mean(logits, tokens) < -0.05
     mixed = jnp.concatenate([tokens[:, :1], tokens[:, :0:-1]], axis=1)
     assert mean(models.logits(config, params, forward(config, params, *plain(mixed))), mixed) < -3
-    transformers = pytest.importorskip("transformers")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"the pretrained model is absent: {STORIES}")
+def test_logits_of_a_pretrained_model_equal_transformers():
     pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config, params = models.load(STORIES)
+    tokens = draw((2, 24), vocab=config.vocab_size)
+    logits = models.logits(config, params, forward(config, params, *plain(tokens)))
     model = transformers.LlamaForCausalLM.from_pretrained(STORIES).eval()
     np.testing.assert_allclose(logits, torch_logits(model, tokens), atol=1e-4)

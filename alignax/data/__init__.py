@@ -7,14 +7,14 @@ from alignax.data.records import Record, read_jsonl, record_number, write_jsonl
 from alignax.data.stories import generate_corpus, split_prompts, stories_tokenizer
 from alignax.data.tasks import prompt_texts, story_records
 from alignax.data.tokens import (
-                                 TextPolicy,
-                                 Tokenizer,
-                                 check_vocab,
-                                 load_policy,
-                                 load_tokenizer,
-                                 text_policy,
-                                 train_tokenizer,
-                                 word_tokenizer,
+    TextPolicy,
+    Tokenizer,
+    check_vocab,
+    load_policy,
+    load_tokenizer,
+    text_policy,
+    train_tokenizer,
+    word_tokenizer,
 )
 from alignax.data.truncate import TRUNCATION, TokenRecord, token_record, tokenize_records
 

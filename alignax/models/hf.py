@@ -297,7 +297,8 @@ def read_generation_ids(path: str | os.PathLike) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for role in ("bos", "eos", "pad"):
         key = f"{role}_token_id"
-        place, found = next(((file, content[key]) for file, content in raw if content.get(key) is not None), (None, None))
+        given = ((file, content[key]) for file, content in raw if content.get(key) is not None)
+        place, found = next(given, (path / "tokenizer_config.json", None))
         if found is None and has_tokenizer:
             if lookup is None:
                 lookup = _tokenizer_ids(path, _read_json(path / "tokenizer_config.json"))

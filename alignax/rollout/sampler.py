@@ -85,10 +85,11 @@ def _generate(config, params, prompts, prompt_mask, prompt_ids, seed_key, *, num
         for number in eos_ids:
             ends |= drawn[0] == number
         empty = (pad_id, 0.0, 0.0, 1.0)
-        token, *stats = (jnp.where(live, new, jnp.asarray(old, new.dtype)) for new, old in zip(drawn, empty, strict=True))
+        token, *stats = (jnp.where(live, new, jnp.asarray(old, new.dtype))
+                         for new, old in zip(drawn, empty, strict=True))
         write = lambda table, column: table.at[:, step].set(column.astype(table.dtype))
-        return Samples(write(out.tokens, token), write(out.mask, live),
-                       *(write(table, column) for table, column in zip(out[2:5], stats, strict=True)), out.finished | (live & ends))
+        stats = (write(table, column) for table, column in zip(out[2:5], stats, strict=True))
+        return Samples(write(out.tokens, token), write(out.mask, live), *stats, out.finished | (live & ends))
 
     full = lambda value, kind: jnp.full((rows, max_new_tokens), value, kind)
     out = Samples(full(pad_id, jnp.int32), full(False, bool), full(0, jnp.float32), full(0, jnp.float32),
