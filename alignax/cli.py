@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs the stages of a config in a folder. The same command again resumes a run that was stopped "
                     "or killed, and ends at once when the run is finished. Any key can be overridden with "
                     "--config.key=value; an unknown key is refused with the legal ones.",
-        epilog="exit codes: 0 finished, 2 bad input (nothing was written), 3 a step was not finite, "
+        epilog="exit codes: 0 finished, 2 bad input, 3 a step was not finite, "
                "75 stopped by SIGTERM and resumable")
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a Python file with get_config([arg])")
     train.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
@@ -105,6 +105,9 @@ def _generate(arguments, console) -> int:
     from alignax import context, data, sources
     from alignax.types import ConfigError
 
+    for flag, value in (("samples", arguments.samples), ("max-new-tokens", arguments.max_new_tokens)):
+        if value < 1:
+            raise ConfigError(f"--{flag}={value}; allowed: 1 or more")
     if arguments.model:
         path, section = arguments.model, {"path": arguments.model, "remat": "none", "head_megabytes": 64, "unroll": 1}
         tokenizer_name, text = "", {"add_bos": True, "eos_id": -1}
@@ -151,8 +154,9 @@ def _generate(arguments, console) -> int:
             if arguments.json:
                 sys.stdout.write(json.dumps(row) + "\n")
             else:
-                console.print(f"{prompt}[bold]{'' if row['completion'][:1].isspace() else ' '}", end="")
-                console.print(row["completion"], markup=False, highlight=False)
+                console.print(prompt, style="bold", markup=False, highlight=False, soft_wrap=True,
+                              end="" if row["completion"][:1].isspace() else " ")
+                console.print(row["completion"], soft_wrap=True, markup=False, highlight=False)
                 console.print(f"[dim]{row['tokens']} tokens, log-prob {row['logp']:.2f} nats, "
                               f"{'finished' if row['finished'] else 'cut at the limit'}[/]\n")
     return 0

@@ -19,7 +19,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The config of `FILE[:arg]` with overrides `key.path=value` applied.
 
     A value is read as a Python literal of the type that the key holds (int is taken for float; `true`/`false` for
-    bool; tuples as `(1,2)` or `a,b`). Raises ConfigError for a missing file, one without get_config, an unknown key
+    bool; tuples as `(1,2)` or `a,b`). Raises ConfigError for a missing or broken file, one without get_config, an unknown key
     (with the legal ones of that section) or a value of another type.
     """
     name, _, argument = spec.partition(":")
@@ -28,7 +28,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise ConfigError(f"--config={spec}: no file {name!r}")
     module_spec = importlib.util.spec_from_file_location(f"alignax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        place = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise ConfigError(f"--config={spec}: {name}{place}: {error}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={spec}: {name} defines no get_config()")
     config = module.get_config(argument) if argument else module.get_config()

@@ -38,14 +38,41 @@ def load_prompts(ctx: Context, source: str, *, split: str, n: int, max_prompt: i
     return out
 
 
-def draw(ctx: Context, label: str, params, prompts, *, num_samples: int, max_new_tokens: int, temperature: float,
-         top_p: float, batch_size: int, salt: int) -> tuple[Rollouts, list[list[str]]]:
-    """Samples and decodes completions of (id, ids) prompts, with a progress line; `salt` separates the draws."""
+def check(ctx: Context, name: str, section: dict, *, split: str) -> None:
+    """Refuses a sample or evaluate section that cannot work: reward, prompts, lengths, samples per prompt.
+
+    Raises ConfigError or DataError, so that a long run does not end at a late stage. Samples nothing.
+    """
+    try:
+        reward_fn(section["reward"])
+        prompts = load_prompts(ctx, section["prompts"], split=split, n=section["num_prompts"],
+                               max_prompt=section["max_prompt"])
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"config.{name}: {error}") from error
+    if not prompts:
+        raise DataError(f"config.{name}.prompts={section['prompts']!r}: there are no prompts")
+    _check_fit(ctx, f"config.{name}", prompts, section["max_new_tokens"])
+    if "unseen" in section:
+        _check_unseen(name, section["unseen"], section["num_samples"])
+
+
+def _check_unseen(name: str, unseen: int, num_samples: int) -> None:
+    if not 0 <= unseen <= num_samples - 2:
+        raise ConfigError(f"config.{name}.unseen={unseen}: pairs need two of num_samples={num_samples} completions")
+
+
+def _check_fit(ctx: Context, label: str, prompts, max_new_tokens: int) -> None:
     longest = max(len(ids) for _, ids in prompts)
     limit = ctx.spec.config.max_positions
     if longest + max_new_tokens > limit:
         raise ConfigError(f"{label}: a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the "
                           f"model's {limit} positions")
+
+
+def draw(ctx: Context, label: str, params, prompts, *, num_samples: int, max_new_tokens: int, temperature: float,
+         top_p: float, batch_size: int, salt: int) -> tuple[Rollouts, list[list[str]]]:
+    """Samples and decodes completions of (id, ids) prompts, with a progress line; `salt` separates the draws."""
+    _check_fit(ctx, label, prompts, max_new_tokens)
     numbers = [data.record_number(name) for name, _ in prompts]
     key = jax.random.fold_in(jax.random.key(ctx.seed), salt)
     with metrics_lib.progress(ctx.console) as bar:
@@ -72,8 +99,7 @@ def run(ctx: Context, name: str, *, policy: str, prompts: str, num_prompts: int,
 
     A tenth of the prompts goes to the evaluation split. Pairs whose two texts are identical are left out and counted.
     """
-    if not 0 <= unseen <= num_samples - 2:
-        raise ConfigError(f"config.{name}.unseen={unseen}: pairs need two of num_samples={num_samples} completions")
+    _check_unseen(name, unseen, num_samples)
     score = reward_fn(reward)
     chosen_prompts = load_prompts(ctx, prompts, split="train", n=num_prompts, max_prompt=max_prompt)
     out, texts = draw(ctx, name, ctx.params_of(policy), chosen_prompts, num_samples=num_samples,

@@ -57,7 +57,11 @@ def param_shardings(params, mesh: Mesh, rules: Sequence[tuple[str, tuple]] = DEF
         name = path_name(path)
         spec = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
         spec = tuple(spec)[:leaf.ndim]
-        spec = tuple(a if a is None or leaf.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(spec))
+        # An axis of one device is no cut: leaving it out gives the sharding that a compiled program hands back.
+        spec = tuple(a if a and mesh.shape[a] > 1 and leaf.shape[i] % mesh.shape[a] == 0 else None
+                     for i, a in enumerate(spec))
+        while spec and spec[-1] is None:
+            spec = spec[:-1]
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(one, params)

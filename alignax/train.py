@@ -6,6 +6,7 @@ Below this file there are plain arguments; above it, a config.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -56,9 +57,20 @@ def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | N
         stage = config[name]
         if stage.kind == "train":
             reference.check(stage.reference, losses.get(stage.loss.name).requests, where=f"config.{name}.reference")
-            if not stage.data.path.startswith("stage:"):
+            optim.make(name=stage.optim.name, schedule_name=stage.optim.schedule, clip_norm=stage.optim.clip_norm,
+                       **stage.optim.options.to_dict())
+            _optimizer(stage, max(stage.steps, stage.optim.warmup_steps))
+            if stage.data.path.startswith("stage:"):
+                earlier = [s for s in config.stages[:config.stages.index(name)] if config[s].kind == "sample"]
+                if stage.data.path[len("stage:"):] not in earlier:
+                    raise ConfigError(f"config.{name}.data.path={stage.data.path!r} is not an earlier sample stage; "
+                                      f"allowed: {', '.join('stage:' + s for s in earlier) or 'a file'}")
+            else:
                 prepared[name] = _records(ctx, name, stage)
+                _optimizer(stage, _total_steps(stage, len(prepared[name][0]), ctx.seed))
             previous = name
+        else:
+            sample.check(ctx, name, stage.to_dict(), split="train" if stage.kind == "sample" else "eval")
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
         checkpoint.write_json(workdir / "config.json", plain)
@@ -214,16 +226,16 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
         params["reward_head"] = context.models.init_scalar_head(
             jax.random.fold_in(jax.random.key(ctx.seed), 1), ctx.spec.config.hidden_size)
     plan = data.Plan(len(train), stage.batch_size, ctx.seed)
-    total = stage.steps or plan.num_steps(stage.epochs)
-    optimizer = optim.make(name=stage.optim.name, learning_rate=stage.optim.learning_rate,
-                           schedule_name=stage.optim.schedule, warmup_steps=stage.optim.warmup_steps,
-                           clip_norm=stage.optim.clip_norm, total_steps=total, **stage.optim.options.to_dict())
+    total = _total_steps(stage, len(train), ctx.seed)
+    optimizer = _optimizer(stage, total)
     state = _committed(ctx, step.TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params),
                                             loss.init_state()))
     ref = ctx.place(params) if stage.reference == "frozen" else None
     # Float hyper-parameters travel as arguments, so that strengths of one loss share one program.
     hyper = {k: jnp.float32(v) for k, v in loss.hyper.items() if isinstance(v, float)}
-    update = jax.jit(step.make_update(ctx.spec, loss, optimizer, accumulation=stage.accumulation), donate_argnums=0)
+    # The state leaves an update as it came: a sharding that the compiler chose would compile the next step again.
+    update = jax.jit(step.make_update(ctx.spec, loss, optimizer, accumulation=stage.accumulation), donate_argnums=0,
+                     out_shardings=(jax.tree.map(lambda a: a.sharding, state), None))
     kl = ("ref_policy_kl",) if stage.reference == "frozen" else ()
     evaluate_fn = jax.jit(step.make_evaluate(ctx.spec, loss, diagnostics=("entropy",) + kl))
     key = jax.random.key(ctx.seed)
@@ -255,16 +267,20 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
 
     def evaluate_now(number: int) -> None:
         nonlocal best
-        if held_out:
-            parts = []
-            ways = ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
-            usable = len(held_out) // ways * ways
-            for start in range(0, usable, stage.batch_size):
-                some = held_out[start:min(start + stage.batch_size, usable)]
-                parts.append(evaluate_fn(state.params, ref, make(some, len(train) + start), hyper,
-                                         jax.random.fold_in(key, 2**31), state.loss_state)[0])
-            best = step.merge_metrics(parts)
-            writer.write(number, best, split="eval")
+        # Without held-out records the same numbers are taken on the first training records, and named so.
+        watched, start_row = (held_out, len(train)) if held_out else (train[:stage.batch_size], 0)
+        parts = []
+        ways = ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
+        usable = len(watched) // ways * ways
+        cuts = list(range(0, usable, stage.batch_size)) + [usable]
+        if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:
+            del cuts[-2]  # a batch of one has no mismatched partner
+        for start, stop in itertools.pairwise(cuts):
+            some = watched[start:stop]
+            parts.append(evaluate_fn(state.params, ref, make(some, start_row + start), hyper,
+                                     jax.random.fold_in(key, 2**31), state.loss_state)[0])
+        best = step.merge_metrics(parts)
+        writer.write(number, best, split="eval" if held_out else "eval_on_train")
         if probe is not None:
             writer.write(number, _probe(ctx, evaluate_probe, state.params, ref, probe), split="probe")
 
@@ -353,11 +369,22 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
             "eval": best, "fingerprint": context.fingerprint(state.params["model"])}
 
 
+def _total_steps(stage: ConfigDict, records: int, seed: int) -> int:
+    return stage.steps or data.Plan(records, stage.batch_size, seed).num_steps(stage.epochs)
+
+
+def _optimizer(stage: ConfigDict, total: int):
+    section = stage.optim
+    return optim.make(name=section.name, learning_rate=section.learning_rate, schedule_name=section.schedule,
+                      warmup_steps=section.warmup_steps, clip_norm=section.clip_norm, total_steps=total,
+                      **section.options.to_dict())
+
+
 def _committed(ctx: context.Context, state: Any) -> Any:
-    """Every leaf on the mesh from the start: a leaf that only the first update puts there would compile it twice."""
-    whole = sharding.NamedSharding(ctx.mesh, sharding.PartitionSpec())
-    return jax.tree.map(lambda a: a if isinstance(a.sharding, sharding.NamedSharding) else jax.device_put(a, whole),
-                        jax.tree.map(jnp.asarray, state))
+    """Every leaf on the mesh from the start, moments cut like their parameters (their paths end alike): a leaf that
+    only the first update puts in its place would compile it twice."""
+    state = jax.tree.map(jnp.asarray, state)
+    return jax.device_put(state, sharding.param_shardings(state, ctx.mesh))
 
 
 def _precompute(ctx, stage, loss, params, records: list, folder: pathlib.Path) -> np.ndarray:
