@@ -19,8 +19,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The config of `FILE[:arg]` with overrides `key.path=value` applied.
 
     A value is read as a Python literal of the type that the key holds (int is taken for float; `true`/`false` for
-    bool; tuples as `(1,2)` or `a,b`). Raises ConfigError for a missing or broken file, one without get_config, an unknown key
-    (with the legal ones of that section) or a value of another type.
+    bool; tuples as `(1,2)` or `a,b`). Raises ConfigError for a missing or broken file, one without get_config, an
+    unknown key (with the legal ones of that section) or a value of another type.
     """
     name, _, argument = spec.partition(":")
     path = pathlib.Path(name)

@@ -357,8 +357,8 @@ def test_non_finite_step_names_step_records_and_checkpoint(pairs, tmp_path):
     (lambda c: c.method.optim.update(name="adan"), ConfigError, r"optim\.name='adan'; allowed: adamw"),
     (lambda c: c.method.optim.options.update(beta1=0.9), ConfigError, r"optim\.beta1 is not an option of adamw"),
     (lambda c: c.method.optim.update(warmup_steps=50), ConfigError, r"optim\.warmup_steps=50"),
-    (lambda c: c.method.update(reference="precomputed", loss=configs.loss_section("tdpo")), ConfigError,
-     r"cannot supply"),
+    (lambda c: (c.method.update(reference="precomputed"), setattr(c.method, "loss", configs.loss_section("tdpo"))),
+     ConfigError, r"cannot supply"),
 ], ids=["no-reference", "no-pairs", "builtin", "no-stage", "batch", "optimizer", "option", "warmup", "precomputed"])
 def test_what_cannot_work_is_refused_before_anything_is_written(pairs, tmp_path, change, error, words):
     config = pair_config(pairs)
