@@ -215,12 +215,14 @@ _EIGHT = """
 import json, sys
 sys.path.insert(0, {tests!r})
 import jax, numpy as np
+jax.config.update("jax_enable_x64", True)
 import step_test as t
 from alignax import losses, sharding, step, models
 out = {{}}
 mesh = sharding.make_mesh({{"data": 4, "fsdp": 2}})
 assert jax.device_count() == 8
-scale = lambda key: {{"model": jax.tree.map(lambda a: 3 * a, models.init_params(t.CONFIG, jax.random.key(key)))}}
+tree = lambda key: {{"model": models.init_params(t.CONFIG, jax.random.key(key))}}
+scale = lambda key: jax.tree.map(lambda a: 3 * t.double(a), tree(key))
 place = lambda p: jax.device_put(p, sharding.param_shardings(p, mesh))
 for name in {names!r}:
     batch = sharding.shard_batch(t.batch_of(t.records()), mesh)
@@ -231,7 +233,7 @@ print(json.dumps(out))
 
 
 @pytest.mark.slow
-def test_eight_devices_give_the_step_of_one(params, other):
+def test_eight_devices_give_the_step_of_one():
     names = ONE_OF_EACH
     script = _EIGHT.format(tests=str(ROOT / "tests"), names=list(names))
     env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
@@ -239,10 +241,13 @@ def test_eight_devices_give_the_step_of_one(params, other):
                           check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     sharded = json.loads(done.stdout.splitlines()[-1])
-    for name in names:
-        state, _ = one_update(losses.get(name), params, other, batch_of(records()))
-        single = [float(np.abs(np.asarray(a, np.float64)).sum()) for a in jax.tree.leaves(state.params)]
-        np.testing.assert_allclose(sharded[name], single, rtol=1e-5)
+    with jax.enable_x64(True):
+        start = [jax.tree.map(lambda a: 3 * double(a), {"model": models.init_params(CONFIG, jax.random.key(k))})
+                 for k in (0, 1)]
+        for name in names:
+            state, _ = one_update(losses.get(name), *start, batch_of(records()))
+            single = [float(np.abs(np.asarray(a)).sum()) for a in jax.tree.leaves(state.params)]
+            np.testing.assert_allclose(sharded[name], single, rtol=1e-6, err_msg=name)
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
