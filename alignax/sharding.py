@@ -19,9 +19,9 @@ AXES = ("data", "fsdp", "tensor")
 
 # Layers are stacked, so a layer's matrix has axes (layer, in, out).
 DEFAULT_RULES: tuple[tuple[str, tuple], ...] = (
-    (r"embed|lm_head", ("tensor", "fsdp")),
-    (r"\b(o_proj|down_proj|o|down)\b", (None, "tensor", "fsdp")),
-    (r"\b(q_proj|k_proj|v_proj|gate_proj|up_proj|q|k|v|gate|up)\b", (None, "fsdp", "tensor")),
+    (r"embedding|model/head", ("tensor", "fsdp")),
+    (r"layers/(attention/output|mlp/down)$", (None, "tensor", "fsdp")),
+    (r"layers/(attention/(query|key|value)|mlp/(gate|up))$", (None, "fsdp", "tensor")),
     (r".*", ()),
 )
 
@@ -46,7 +46,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
 
 
 def path_name(path) -> str:
-    """`model/layers/q_proj` for a key path of a parameter tree."""
+    """`model/layers/attention/query` for a key path of a parameter tree."""
     return "/".join(str(getattr(p, "key", getattr(p, "idx", getattr(p, "name", p)))) for p in path)
 
 
