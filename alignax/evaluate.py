@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -30,13 +31,9 @@ def score_samples(ctx: Context, params, baseline, prompts, tokens, *, batch_size
     return both[0], both[1]
 
 
-_SCORERS: dict = {}
-
-
+@functools.cache
 def _scorer(spec: step.ModelSpec):
-    if spec not in _SCORERS:
-        _SCORERS[spec] = jax.jit(step.make_evaluate(spec, None, diagnostics=("ref_logps",)))
-    return _SCORERS[spec]
+    return jax.jit(step.make_evaluate(spec, None, diagnostics=("ref_logps",)))
 
 
 def run(ctx: Context, name: str, *, policies, baseline: str, prompts: str, num_prompts: int, max_new_tokens: int,

@@ -80,8 +80,3 @@ def shard_batch(batch, mesh: Mesh):
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
 
     return jax.tree.map(one, batch)
-
-
-def replicate(tree, mesh: Mesh):
-    """Puts a tree whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

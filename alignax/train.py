@@ -57,8 +57,6 @@ def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | N
         stage = config[name]
         if stage.kind == "train":
             reference.check(stage.reference, losses.get(stage.loss.name).requests, where=f"config.{name}.reference")
-            optim.make(name=stage.optim.name, schedule_name=stage.optim.schedule, clip_norm=stage.optim.clip_norm,
-                       **stage.optim.options.to_dict())
             _optimizer(stage, max(stage.steps, stage.optim.warmup_steps))
             if stage.data.path.startswith("stage:"):
                 earlier = [s for s in config.stages[:config.stages.index(name)] if config[s].kind == "sample"]
@@ -177,8 +175,8 @@ def _records(ctx: context.Context, name: str, stage: ConfigDict) -> tuple[list, 
                         f"config.{name}.batch_size={stage.batch_size}")
     requests = losses.get(stage.loss.name).requests
     width = max(len(r.completions) for r in train)
-    if width < 2 and any(q in requests for q in ("margins",)) or (width < 2 and "labels" not in requests
-                                                                  and "logps" in requests):
+    compares = "margins" in requests or ("logps" in requests and "labels" not in requests)
+    if width < 2 and compares:
         raise DataError(f"{where}={section.path!r}: loss {stage.loss.name!r} compares completions, but the records "
                         "have one each; use prompt/chosen/rejected or a list of completions")
     return train, held_out
@@ -263,7 +261,8 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
         ctx.console.print(f"resuming {name} at step {at} of {total}")
     # Without a checkpoint the evaluation at step 0 is done again, so its rows go too.
     writer = metrics_lib.MetricWriter(ctx.workdir, name, resume_at=-1 if latest is None else at)
-    probe = _probe_records(ctx, stage, train)
+    # The probe compares with the reference token by token, which only a copy of it can supply.
+    probe = _probe_records(ctx, stage, train) if ref is not None else None
 
     def evaluate_now(number: int) -> None:
         nonlocal best
@@ -282,11 +281,9 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
         best = step.merge_metrics(parts)
         writer.write(number, best, split="eval" if held_out else "eval_on_train")
         if probe is not None:
-            writer.write(number, _probe(ctx, evaluate_probe, state.params, ref, probe), split="probe")
+            writer.write(number, _probe(evaluate_probe, state.params, ref, probe), split="probe")
 
     evaluate_probe = jax.jit(step.make_evaluate(ctx.spec, None, diagnostics=("ref_logps", "ref_policy_kl")))
-    if probe is not None and ref is None:
-        probe = None
     if at == 0:
         evaluate_now(0)
     began, tokens_done, last_shown = time.monotonic(), 0.0, ""
@@ -427,7 +424,7 @@ def _probe_records(ctx, stage: ConfigDict, train: list):
     return sharding.shard_batch(batch, ctx.mesh)
 
 
-def _probe(ctx, evaluate_probe, params, ref, batch) -> dict[str, float]:
+def _probe(evaluate_probe, params, ref, batch) -> dict[str, float]:
     """Change of log-likelihood since the reference: chosen, rejected, unseen, and the baseline -KL(ref||policy).
 
     The unseen completions are samples of the reference, so their expected change is exactly -KL(ref||policy) for
