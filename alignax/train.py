@@ -184,12 +184,9 @@ def _records(ctx: context.Context, name: str, stage: ConfigDict) -> tuple[list, 
 
 def _first(record: data.TokenRecord) -> data.TokenRecord:
     """The record with its first completion alone, the chosen one of a pair: what a supervised loss trains on."""
-    return _with_completions(record, record.completions[:1], record.completion_ended[:1])
-
-
-def _with_completions(record, completions, ended):
-    return dataclasses.replace(record, completions=tuple(completions), completion_ended=tuple(ended), scores=None,
-                               labels=None)
+    return dataclasses.replace(record, completions=record.completions[:1], scores=None, labels=None,
+                               completion_ended=record.completion_ended[:1],
+                               scored=None if record.scored is None else record.scored[:1])
 
 
 def _batch(ctx: context.Context, stage: ConfigDict, loss: losses.Loss, records: list, every: list,
@@ -415,7 +412,8 @@ def _probe_records(ctx, stage: ConfigDict, train: list):
     unseen = sample.read_unseen(ctx.stage_dir(stage.data.path[len("stage:"):]))
     both = [(r, unseen[r.id]) for r in train if r.id in unseen][:64]
     ways = ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
-    records = [_with_completions(r, (*r.completions[:2], u), (*r.completion_ended[:2], ctx.text.ended(u)))
+    records = [dataclasses.replace(r, completions=(*r.completions[:2], u), scores=None, labels=None,
+                                   completion_ended=(*r.completion_ended[:2], ctx.text.ended(u)))
                for r, u in both[:len(both) // ways * ways]]
     if not records:
         return None

@@ -102,7 +102,7 @@ def test_unknown_loss_in_the_file(capsys, place):
 
 
 def test_overrides_belong_to_train(capsys):
-    refused(capsys, ["methods", "--config.steps=1"], "only `alignax train`")
+    refused(capsys, ["methods", "--config.steps=1"], "takes no config")
 
 
 # Data

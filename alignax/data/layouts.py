@@ -5,8 +5,9 @@ shared_prefix   one row per prompt: prompt once, then its completions side by si
                 restart after the prompt. R = B rows in G = B groups.
 
 Slot (b, k, l) is predicted by the hidden state one token earlier: the last prompt token for l = 0. Masks are
-explicit: they cover exactly the completion's tokens, EOS included where it stands. Where the prompt is empty and
-there is no BOS, nothing predicts the first token, so slot 0 is not scored; such a completion counts one token less.
+explicit: they cover exactly the completion's tokens, EOS included where it stands, or those of them that the record
+marks as scored. Where the prompt is empty and there is no BOS, nothing predicts the first token, so slot 0 is not
+scored; such a completion counts one token less.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def mismatched(records: Sequence[TokenRecord]) -> list[TokenRecord]:
         raise ConfigError(f"mismatched: the batch has {len(records)} record(s); KTO's KL term needs at least 2")
     partners = [*records[1:], records[0]]
     return [dataclasses.replace(a, completions=b.completions, completion_ended=b.completion_ended, scores=None,
-                                labels=b.labels, margin=None) for a, b in zip(records, partners, strict=True)]
+                                labels=b.labels, margin=None, scored=b.scored)
+            for a, b in zip(records, partners, strict=True)]
 
 
 def _check(records: Sequence[TokenRecord], K: int, T: int, L: int, layout: str) -> None:
@@ -114,8 +116,8 @@ def _fill(records: Sequence[TokenRecord], K: int, T: int, L: int, pad_id: int, l
             col[b, k, :C] = start - 1 + np.arange(C)
             col[b, k, 0] = max(P - 1, 0)  # not the end of the neighbouring completion
             targets[b, k, :C] = completion
-            mask[b, k, :C] = True
-            mask[b, k, 0] = P > 0
+            mask[b, k, :C] = True if record.scored is None else record.scored[k]
+            mask[b, k, 0] &= P > 0
             valid[b, k] = True
             start += C
     grid = (B * rows, T)

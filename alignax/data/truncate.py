@@ -32,7 +32,9 @@ class TokenRecord:
     """One record as ids.
 
     number: stable uint32 of the id. prompt: int32 [P], BOS included. completions: int32 arrays, EOS included where
-    it stands. ended: which completions close with an end token. The rest is as in `Record`.
+    it stands. completion_ended: which completions close with an end token. scored: bool arrays as long as the
+    completions, which of their tokens are trained on and counted (a dialogue's other turns are not), or None for all.
+    The rest is as in `Record`.
     """
 
     number: np.uint32
@@ -45,6 +47,7 @@ class TokenRecord:
     margin: float | None = None
     file: str = "<memory>"
     line: int = 0
+    scored: tuple[np.ndarray, ...] | None = None
 
     @property
     def place(self) -> str:
