@@ -28,11 +28,22 @@ def optim_section(**over) -> ConfigDict:
     return section
 
 
-def train_stage(loss: str = "dpo", *, hyper=None, optim=None, data=None, **over) -> ConfigDict:
+def lora_section(**over) -> ConfigDict:
+    """Adapters: rank (0: none), alpha, targets and scaling (`alpha/r` or `rslora`), as models.AdapterConfig."""
+    section = ConfigDict(dict(rank=0, alpha=16.0, scaling="alpha/r",
+                              targets=("attention/query", "attention/key", "attention/value", "attention/output",
+                                       "mlp/gate", "mlp/up", "mlp/down")))
+    section.update(over)
+    return section
+
+
+def train_stage(loss: str = "dpo", *, hyper=None, optim=None, data=None, lora=None, **over) -> ConfigDict:
     """A stage that trains on records until `steps` (or `epochs`, when steps is 0).
 
     data.path: a .jsonl/.jsonl.gz file, `stage:NAME` (pairs made by a sample stage) or `builtin:stories`.
-    init: `previous`, `model` (the run's starting parameters) or a stage's name. reference: frozen, precomputed, none.
+    init: `previous`, `model` (the run's starting parameters) or a stage's name. reference: frozen, adapter_off,
+    precomputed, none. lora.rank: 0 trains all parameters; above, low-rank adapters on `lora.targets` (paths inside a
+    layer, or regular expressions over them).
     truncation: error, drop, left, right. shapes: `global` (one shape) or `batch` (a multiple of bucket_multiple).
     """
     requests = losses.get(loss).requests
@@ -44,6 +55,7 @@ def train_stage(loss: str = "dpo", *, hyper=None, optim=None, data=None, **over)
     stage.data = ConfigDict(dict(path="builtin:stories", eval_path="", eval_records=256, max_records=0,
                                  on_identical="drop"))
     stage.data.update(data or {})
+    stage.lora = lora_section(**(lora or {}))
     stage.loss = loss_section(loss, **(hyper or {}))
     stage.optim = optim_section(**(optim or {}))
     stage.update(over)
@@ -136,6 +148,7 @@ def check(config: ConfigDict) -> None:
 def _check_train(stage: ConfigDict, where: str) -> None:
     _check_keys(stage.data, set(train_stage().data), f"{where}.data")
     _check_keys(stage.optim, set(optim_section()), f"{where}.optim")
+    _check_keys(stage.lora, set(lora_section()), f"{where}.lora")
     try:
         losses.get(stage.loss.name, **{k: v for k, v in stage.loss.items() if k != "name"})
     except ConfigError as error:
@@ -195,6 +208,51 @@ def embedded_run(loss: str = "dpo", *, hyper=None, optim=None, tiny: bool = Fals
     if "rewards" in requests:
         config.stages = config.stages[:-1]
     return config
+
+
+def single(loss: str = "dpo", **over) -> ConfigDict:
+    """A run of one train stage whose keys stand at the top: `--config.steps=100`, `--config.data.path=FILE`.
+
+    It starts from the model of `model.path` (or random parameters); `over` as for `train_stage`. `staged` turns it into
+    the general form before anything runs.
+    """
+    config = base()
+    for key, value in train_stage(loss, **{"init": "model"} | over).items():
+        config[key] = value
+    return config
+
+
+SINGLE = "train"
+
+
+def staged(config: ConfigDict) -> ConfigDict:
+    """The general form of a config: one made by `single` becomes a run of the one stage `train`; others stay."""
+    if "kind" not in config or config.get("stages"):
+        return config
+    run_keys, out = set(base()), ConfigDict()
+    for key in run_keys & set(config):
+        out[key] = config[key]
+    out[SINGLE] = ConfigDict({key: config[key] for key in config if key not in run_keys})
+    out.stages = (SINGLE,)
+    return out
+
+
+def arguments(arg: str, *flags: str, **defaults: str) -> tuple[dict[str, str], set[str]]:
+    """`loss=ipo,tiny` -> ({"loss": "ipo"}, {"tiny"}): what a config file got after its colon.
+
+    Raises ConfigError for a name that is neither in `defaults` nor one of `flags`, with the legal ones.
+    """
+    values, given = dict(defaults), set()
+    for part in filter(None, arg.split(",")):
+        key, equals, value = part.partition("=")
+        if equals and key in defaults:
+            values[key] = value
+        elif not equals and key in flags:
+            given.add(key)
+        else:
+            legal = [f"{name}={value}" for name, value in defaults.items()] + list(flags)
+            raise ConfigError(f"config argument {part!r}; allowed: {', '.join(legal)} (separated by commas)")
+    return values, given
 
 
 def quick(arg: str) -> bool:

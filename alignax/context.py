@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,10 +48,7 @@ class Context:
 
     def params_of(self, stage: str) -> Any:
         """The final parameters of a train stage, or the run's starting ones for `model`, on the mesh."""
-        if stage == "model":
-            return self.place(self.initial)
-        folder = self.stage_dir(stage) / "params"
-        return self.place(checkpoint.load_tree(folder, {"model": self.initial["model"]}))
+        return self.place(stage_params(self.workdir, stage, self.initial))
 
     def place(self, params: Any) -> Any:
         """Puts parameters on the mesh by the sharding rules, as copies that nobody else holds."""
@@ -81,6 +80,40 @@ class Stop:
             yield self
         finally:
             signal.signal(signal.SIGTERM, former)
+
+
+def save_stage_params(folder: pathlib.Path, params: Any, *, base: str, adapters: models.AdapterConfig | None) -> None:
+    """Writes what a train stage made: the whole model, or its adapters with their settings and the name of the stage
+    that they sit on (`base`)."""
+    if adapters is None:
+        checkpoint.save_tree(folder / "params", {"model": params["model"]})
+    else:
+        checkpoint.save_tree(folder / "adapters", params["adapters"])
+        checkpoint.write_json(folder / "adapters.json", dataclasses.asdict(adapters) | {"base": base})
+    if "reward_head" in params:
+        checkpoint.save_tree(folder / "reward_head", params["reward_head"])
+
+
+def stage_params(workdir: pathlib.Path, stage: str, initial: Any) -> Any:
+    """{"model": ...} of a train stage of the run in `workdir`, adapters merged into the parameters that they were
+    trained on; `initial` for the stage `model`. Raises ConfigError where the stage has no parameters."""
+    if stage == "model":
+        return {"model": initial["model"]}
+    folder = workdir / "stages" / stage
+    settings_file = folder / "adapters.json"
+    if not settings_file.exists():
+        return checkpoint.load_tree(folder / "params", {"model": initial["model"]})
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    base = stage_params(workdir, settings.pop("base"), initial)
+    settings["targets"] = tuple(settings["targets"])
+    config = models.AdapterConfig(**settings)
+    like = jax.eval_shape(lambda: models.init_adapters(base["model"], config, jax.random.key(0)))
+    return {"model": models.merge(base["model"], checkpoint.load_tree(folder / "adapters", like), config)}
+
+
+def finished_stages(workdir: pathlib.Path, stages: Sequence[str]) -> list[str]:
+    """Those of `stages` that have final parameters, in their order."""
+    return [s for s in stages if any((workdir / "stages" / s / part).exists() for part in ("params", "adapters.json"))]
 
 
 def load_model(model: dict, *, vocab_size: int, seed: int) -> tuple[ModelSpec, Any]:

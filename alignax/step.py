@@ -18,6 +18,7 @@ import optax
 
 from alignax.losses import Loss
 from alignax.models import DecoderConfig, forward, head, last_token_positions, scalar_head
+from alignax.models.adapters import AdapterConfig, scaled
 from alignax.ops.head import head_stats
 from alignax.ops.reductions import reduce_terms
 from alignax.types import REQUESTS, Batch, Stream
@@ -30,17 +31,20 @@ _SUMS = ("logps", "ref_logps", "kl_logps", "kl_ref_logps")
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """What a forward pass needs besides parameters: the decoder's shape, remat policy, logits' byte budget,
-    the temperature that divides the logits of policy and reference alike, and the layers per turn of the layer loop."""
+    the temperature that divides the logits of policy and reference alike, the layers per turn of the layer loop, and
+    the adapters' settings where the parameters hold `adapters`."""
 
     config: DecoderConfig
     remat: str = "none"
     byte_budget: int = 64_000_000
     temperature: float = 1.0
     unroll: int = 1
+    adapters: AdapterConfig | None = None
 
 
 class TrainState(NamedTuple):
-    """Everything an update changes. params: {"model": decoder, "reward_head": ... where there is one}."""
+    """Everything an update changes. params: {"model": decoder} or, with LoRA, {"adapters": ...}; a "reward_head" beside
+    either where there is one."""
 
     step: jax.Array
     params: Any
@@ -64,6 +68,7 @@ def gather_at(hidden: jax.Array, stream: Stream, row: jax.Array, col: jax.Array)
 
 def _slots(spec: ModelSpec, params, stream: Stream) -> tuple[jax.Array, jax.Array]:
     hidden = forward(spec.config, params["model"], stream.tokens, stream.segment, stream.prefix, stream.position,
+                     **({"adapters": params["adapters"]} if "adapters" in params else {}),
                      remat=spec.remat, unroll=spec.unroll)
     return hidden, gather_slots(hidden, stream)
 
@@ -72,12 +77,15 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
             state=None) -> dict[str, Any]:
     """Computes the requests `wanted` (names of types.REQUESTS), sharing passes, and nothing else.
 
-    params, ref_params: parameter trees ({"model": ...}); ref_params is None where the rule has no reference copy,
-    and `ref_logps` then comes from batch.data. Log-probs outside the mask are 0. Returns name -> array.
+    params, ref_params: parameter trees ({"model": ...}, and "adapters" in what a LoRA policy adds to it); ref_params is
+    None where the rule has no reference copy, and `ref_logps` then comes from batch.data. Log-probs outside the mask
+    are 0. Returns name -> array.
     Raises KeyError when a request has neither a reference copy nor data (reference.check refuses that earlier).
     """
     wanted = set(wanted)
     out: dict[str, Any] = {}
+    if "adapters" in params:
+        params = {**params, "adapters": scaled(params["adapters"], spec.adapters)}
     for stream_name in sorted({REQUESTS[n].stream for n in wanted}):
         names = {n for n in wanted if REQUESTS[n].stream == stream_name}
         policy = {n for n in names if REQUESTS[n].provider == "policy"} | (names & _PAIR_STATS.keys())
@@ -192,9 +200,11 @@ def _pair(out, margin):
 def make_update(spec: ModelSpec, loss: Loss, optimizer: optax.GradientTransformation, *, accumulation: int = 1):
     """The update as a pure function, ready for jax.jit.
 
-    Returns update(state, ref_params, batch, hyper, key) -> (state, metrics). `hyper` overrides the loss's float
-    hyper-parameters with traced values, so that equal structures share one program. metrics: (sum, count) pairs,
-    plus `finite` (0 when loss or gradient is not finite; the state is then returned unchanged) and `grad_norm`.
+    Returns update(state, ref_params, batch, hyper, key, frozen=None) -> (state, metrics). `hyper` overrides the loss's
+    float hyper-parameters with traced values, so that equal structures share one program. frozen: the part of the
+    policy's parameters that is not trained ({"model": base} with LoRA); no gradient is computed for it. metrics:
+    (sum, count) pairs, plus `finite` (0 when loss or gradient is not finite; the state is then returned unchanged) and
+    `grad_norm`.
     """
     wanted = set(loss.requests) | {"lengths"}
     differentiable = sorted(n for n in wanted if REQUESTS[n].grad)
@@ -204,21 +214,21 @@ def make_update(spec: ModelSpec, loss: Loss, optimizer: optax.GradientTransforma
         scalar, parts = reduce_terms(out)
         return scalar, (parts, out)
 
-    def whole(params, ref_params, batch, hyper, key, loss_state):
+    def whole(params, frozen, ref_params, batch, hyper, key, loss_state):
         def objective(p):
-            inputs = compute(spec, p, ref_params, batch, wanted, key=key, state=loss_state)
+            inputs = compute(spec, frozen | p, ref_params, batch, wanted, key=key, state=loss_state)
             scalar, (parts, out) = evaluate_loss(inputs, hyper)
             return scalar, (inputs, parts, out)
 
         (scalar, (inputs, parts, out)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return scalar, grads, inputs, parts, out
 
-    def in_parts(params, ref_params, batch, hyper, key, loss_state):
+    def in_parts(params, frozen, ref_params, batch, hyper, key, loss_state):
         micro = split_batch(batch, accumulation)
         carried = [n for n in wanted if REQUESTS[n].provider not in ("key", "state")]
 
         def first(carry, part):
-            inputs = compute(spec, params, ref_params, part, carried)
+            inputs = compute(spec, frozen | params, ref_params, part, carried)
             return carry, inputs
 
         _, stacked = jax.lax.scan(first, (), micro)
@@ -234,16 +244,17 @@ def make_update(spec: ModelSpec, loss: Loss, optimizer: optax.GradientTransforma
 
         def second(total, part_and_g):
             part, g = part_and_g
-            _, pull = jax.vjp(lambda p: {n: v for n, v in compute(spec, p, ref_params, part, carried).items()
-                                         if n in g}, params)
+            _, pull = jax.vjp(lambda p: {n: v for n, v in compute(spec, frozen | p, ref_params, part,
+                                                                  carried).items() if n in g}, params)
             return jax.tree.map(jnp.add, total, pull(g)[0]), None
 
         grads, _ = jax.lax.scan(second, jax.tree.map(jnp.zeros_like, params), (micro, cuts))
         return scalar, grads, inputs, parts, out
 
-    def update(state: TrainState, ref_params, batch: Batch, hyper, key):
+    def update(state: TrainState, ref_params, batch: Batch, hyper, key, frozen=None):
         run = whole if accumulation == 1 else in_parts
-        scalar, grads, inputs, parts, out = run(state.params, ref_params, batch, hyper, key, state.loss_state)
+        scalar, grads, inputs, parts, out = run(state.params, frozen or {}, ref_params, batch, hyper, key,
+                                                state.loss_state)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(scalar) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -18,7 +18,20 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from alignax import checkpoint, configs, context, data, evaluate, losses, optim, reference, sample, sharding, step
+from alignax import (
+    checkpoint,
+    configs,
+    context,
+    data,
+    evaluate,
+    losses,
+    models,
+    optim,
+    reference,
+    sample,
+    sharding,
+    step,
+)
 from alignax import metrics as metrics_lib
 from alignax.diagnostics import figures
 from alignax.types import REQUESTS, ConfigError, DataError
@@ -33,6 +46,12 @@ def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | N
     """
     console = console or Console()
     workdir = pathlib.Path(workdir)
+    general = configs.staged(config)
+    if general is not config:
+        try:
+            return run(general, workdir, console=console)
+        except (ConfigError, DataError) as error:  # name the keys as they stand in the user's file
+            raise type(error)(str(error).replace(f"config.{configs.SINGLE}.", "config.")) from error
     configs.check(config)
     plain = json.loads(json.dumps(config.to_dict(), default=list))
     _claim(workdir, plain)
@@ -56,7 +75,10 @@ def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | N
         policy_before[name] = previous
         stage = config[name]
         if stage.kind == "train":
-            reference.check(stage.reference, losses.get(stage.loss.name).requests, where=f"config.{name}.reference")
+            reference.check(stage.reference, losses.get(stage.loss.name).requests, lora=stage.lora.rank > 0,
+                            where=f"config.{name}.reference")
+            if (adapters := _adapters(stage, f"config.{name}.lora")) is not None:
+                jax.eval_shape(lambda: models.init_adapters(initial["model"], adapters, jax.random.key(0)))  # noqa: B023
             _optimizer(stage, max(stage.steps, stage.optim.warmup_steps))
             if stage.data.path.startswith("stage:"):
                 earlier = [s for s in config.stages[:config.stages.index(name)] if config[s].kind == "sample"]
@@ -216,27 +238,35 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
     train, held_out = prepared or _records(ctx, name, stage)
     loss = losses.get(stage.loss.name, **{k: v for k, v in stage.loss.items() if k != "name"})
     init = previous if stage.init == "previous" else stage.init
-    params = ctx.params_of(init)
+    start = ctx.params_of(init)
+    adapters = _adapters(stage, f"config.{name}.lora")
+    spec = dataclasses.replace(ctx.spec, adapters=adapters)
+    # What the update changes, and what the policy needs beside it.
+    params, frozen = start, {}
+    if adapters is not None:
+        params, frozen = {"adapters": models.init_adapters(start["model"], adapters, jax.random.key(ctx.seed))}, start
     if "rewards" in loss.requests:
-        params["reward_head"] = context.models.init_scalar_head(
-            jax.random.fold_in(jax.random.key(ctx.seed), 1), ctx.spec.config.hidden_size)
+        params["reward_head"] = models.init_scalar_head(jax.random.fold_in(jax.random.key(ctx.seed), 1),
+                                                        spec.config.hidden_size)
     plan = data.Plan(len(train), stage.batch_size, ctx.seed)
     total = _total_steps(stage, len(train), ctx.seed)
     optimizer = _optimizer(stage, total)
     state = _committed(ctx, step.TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params),
                                             loss.init_state()))
-    ref = ctx.place(params) if stage.reference == "frozen" else None
+    ref = None
+    if stage.reference in ("frozen", "adapter_off"):
+        ref = frozen or ctx.place(params)
     # Float hyper-parameters travel as arguments, so that strengths of one loss share one program.
     hyper = {k: jnp.float32(v) for k, v in loss.hyper.items() if isinstance(v, float)}
     # The state leaves an update as it came: a sharding that the compiler chose would compile the next step again.
-    update = jax.jit(step.make_update(ctx.spec, loss, optimizer, accumulation=stage.accumulation), donate_argnums=0,
+    update = jax.jit(step.make_update(spec, loss, optimizer, accumulation=stage.accumulation), donate_argnums=0,
                      out_shardings=(jax.tree.map(lambda a: a.sharding, state), None))
-    kl = ("ref_policy_kl",) if stage.reference == "frozen" else ()
-    evaluate_fn = jax.jit(step.make_evaluate(ctx.spec, loss, diagnostics=("entropy",) + kl))
+    kl = ("ref_policy_kl",) if ref is not None else ()
+    evaluate_fn = jax.jit(step.make_evaluate(spec, loss, diagnostics=("entropy",) + kl))
     key = jax.random.key(ctx.seed)
     cached = None
     if stage.reference == "precomputed":
-        cached = _precompute(ctx, stage, loss, params, train + held_out, folder)
+        cached = _precompute(ctx, stage, loss, start, train + held_out, folder)
 
     def make(records, offset=0, index=None):
         extra = None
@@ -273,14 +303,14 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
             del cuts[-2]  # a batch of one has no mismatched partner
         for start, stop in itertools.pairwise(cuts):
             some = watched[start:stop]
-            parts.append(evaluate_fn(state.params, ref, make(some, start_row + start), hyper,
+            parts.append(evaluate_fn(frozen | state.params, ref, make(some, start_row + start), hyper,
                                      jax.random.fold_in(key, 2**31), state.loss_state)[0])
         best = step.merge_metrics(parts)
         writer.write(number, best, split="eval" if held_out else "eval_on_train")
         if probe is not None:
-            writer.write(number, _probe(evaluate_probe, state.params, ref, probe), split="probe")
+            writer.write(number, _probe(evaluate_probe, frozen | state.params, ref, probe), split="probe")
 
-    evaluate_probe = jax.jit(step.make_evaluate(ctx.spec, None, diagnostics=("ref_logps", "ref_policy_kl")))
+    evaluate_probe = jax.jit(step.make_evaluate(spec, None, diagnostics=("ref_logps", "ref_policy_kl")))
     if at == 0:
         evaluate_now(0)
     began, tokens_done, last_shown = time.monotonic(), 0.0, ""
@@ -316,7 +346,7 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
             batch = make([train[i] for i in index], index=index)
             if number == profile_steps[0] and profile_steps[1] > profile_steps[0]:
                 jax.profiler.start_trace(str(ctx.workdir / "profile"))
-            state, out = update(state, ref, batch, hyper, jax.random.fold_in(key, number))
+            state, out = update(state, ref, batch, hyper, jax.random.fold_in(key, number), frozen)
             if number == profile_steps[1] > profile_steps[0]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -344,9 +374,7 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
                 raise context.Preempted(f"stopped at step {number} of {total} in {name}; run the same command again")
     saved.close()
     writer.close()
-    checkpoint.save_tree(folder / "params", {"model": state.params["model"]})
-    if "reward_head" in state.params:
-        checkpoint.save_tree(folder / "reward_head", state.params["reward_head"])
+    context.save_stage_params(folder, state.params, base=init, adapters=adapters)
     rows = metrics_lib.read_metrics(ctx.workdir, stage=name)
     history = [r for r in rows if r["split"] == "train"]
     if history:
@@ -360,7 +388,17 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
     final = {k: history[-1][k] for k in ("loss", "accuracy", "margin") if history and k in history[-1]}
     ctx.console.print(f"{name}: {total} steps  {last_shown}")
     return {"steps": total, "records": len(train), "compilations": update._cache_size(), "train": final,
-            "eval": best, "fingerprint": context.fingerprint(state.params["model"])}
+            "eval": best, "fingerprint": context.fingerprint(state.params["model" if adapters is None else "adapters"])}
+
+
+def _adapters(stage: ConfigDict, where: str) -> models.AdapterConfig | None:
+    """The stage's adapter settings, or None where it trains all parameters."""
+    if not stage.lora.rank:
+        return None
+    try:
+        return models.AdapterConfig(**stage.lora.to_dict())
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _total_steps(stage: ConfigDict, records: int, seed: int) -> int:

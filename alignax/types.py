@@ -89,8 +89,8 @@ class Request:
     about: str = ""
 
 
-_ANY = ("frozen", "precomputed")
-_SAME_PROGRAM = ("frozen",)
+_ANY = ("frozen", "adapter_off", "precomputed")
+_SAME_PROGRAM = ("frozen", "adapter_off")
 _POLICY = ("policy",)
 _REF = ("reference",)
 

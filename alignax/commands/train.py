@@ -26,7 +26,7 @@ def run(arguments, console) -> int:
     from alignax import configs, launch, train
 
     config = launch.load_config(arguments.config, arguments.overrides)
-    configs.check(config)
+    configs.check(configs.staged(config))
     if arguments.dry_run:
         console.print(json.dumps(config.to_dict(), indent=2, default=list), markup=False, highlight=False)
         return 0
