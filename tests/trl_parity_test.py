@@ -190,3 +190,65 @@ def test_a_seeded_mistake_is_rejected(mistake, folder, pairs, theirs):
     else:
         settings["moving_reference"] = True
     assert disagreements(train(folder, records, **settings), theirs)
+
+
+# What TRL calls by its loss_type, and the same loss here. What is left out: sft_loss-like `sft` (its own trainer's
+# mean), and `bco_pair`, whose running delta is not in TRL's pairwise form.
+LOSSES = {
+    "sigmoid": ({}, "dpo", {}),
+    "sigmoid, smoothed": ({"loss_types": ["robust"], "label_smoothing": 0.1}, "robust_dpo", {"label_smoothing": 0.1}),
+    "ipo per token": ({"loss_types": ["ipo"]}, "ipo", {"tau": BETA, "length_average": True}),
+    "exo_pair": ({"loss_types": ["exo_pair"], "label_smoothing": 0.01}, "exo", {"label_smoothing": 0.01}),
+    "apo_zero": ({"loss_types": ["apo_zero"]}, "apo_zero", {}),
+    "apo_down": ({"loss_types": ["apo_down"]}, "apo_down", {}),
+    "discopop": ({"loss_types": ["discopop"]}, "discopop", {"tau": 0.05}),
+    "aot": ({"loss_types": ["aot"]}, "aot", {"paired": True}),
+    "aot_unpaired": ({"loss_types": ["aot_unpaired"]}, "aot", {"paired": False}),
+    "sigmoid_norm": ({"loss_types": ["sigmoid_norm"]}, "ln_dpo", {}),
+    "forward_kl": ({"f_divergence_type": "forward_kl"}, "f_dpo", {"divergence": "forward_kl"}),
+    "js_divergence": ({"f_divergence_type": "js_divergence"}, "f_dpo", {"divergence": "js"}),
+    "weighted": ({"use_weighting": True}, "wpo", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def apart(folder, pairs, tmp_path_factory):
+    """TRL's trainer with a policy that has left its reference, one batch, and our inputs of the same two models."""
+    import torch
+
+    # use_weighting from the start: TRL then has the model return what WPO needs, and each case sets it as it likes.
+    trainer = trainer_of(folder, pairs, tmp_path_factory.mktemp("losses"), use_weighting=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    moved = tmp_path_factory.mktemp("moved")
+    trainer.model.save_pretrained(moved)
+    batch = trainer.data_collator(pairs[:BATCH])
+    config, policy = models.load(moved)
+    records = records_of(pairs)[:BATCH]
+    columns, slots = data.bucket_shape(records, 8)
+    ours = data.padded(records, K=2, T=columns, L=slots, pad_id=PAD)
+    wanted = ("logps", "ref_logps", "token_logps", "ref_token_logps", "log_sum_sq", "mask", "lengths")
+    inputs = step.compute(step.ModelSpec(config), {"model": policy}, {"model": models.load(folder)[1]}, ours, wanted)
+    return trainer, batch, inputs
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_a_loss_equals_its_namesake(case, apart):
+    """One batch with policy and reference apart: the mean loss to 1e-4 relative."""
+    from alignax.ops.reductions import reduce_terms
+
+    trainer, batch, inputs = apart
+    settings, name, hyper = LOSSES[case]
+    plain = {"loss_types": ["sigmoid"], "label_smoothing": 0.0, "f_divergence_type": "reverse_kl",
+             "use_weighting": False}
+    for key, value in (plain | settings).items():
+        setattr(trainer, key, value)
+    theirs = float(trainer._compute_loss(trainer.model, batch, return_outputs=False).detach())
+    if "tau" not in hyper or name == "discopop":
+        hyper = hyper | {"beta": BETA}
+    loss = losses.get(name, **hyper)
+    ours = float(reduce_terms(loss({n: inputs[n] for n in loss.requests}))[0])
+    assert abs(theirs - np.log(2)) > 1e-3, "the policy has to have left its reference"
+    assert ours == pytest.approx(theirs, rel=1e-4)
