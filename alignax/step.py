@@ -21,11 +21,13 @@ from alignax.models import DecoderConfig, forward, head, last_token_positions, s
 from alignax.models.adapters import AdapterConfig, scaled
 from alignax.ops.head import head_stats
 from alignax.ops.reductions import reduce_terms
-from alignax.types import REQUESTS, Batch, Stream
+from alignax.types import REQUESTS, Batch, DataError, Stream
 
 _HEAD_STATS = {"logps": "logp", "token_logps": "logp", "entropy": "entropy", "log_sum_sq": "log_sum_sq"}
 _PAIR_STATS = {"ref_policy_kl": "kl_other_policy", "policy_ref_kl": "kl_policy_other"}
-_SUMS = ("logps", "ref_logps", "kl_logps", "kl_ref_logps")
+_SUMS = ("logps", "ref_logps", "kl_logps", "kl_ref_logps", "aux_prompt_logps", "aux_prompt_ref_logps",
+         "reference_sample_logps")
+_RECORDED = ("old_token_logps", "prompt_embedding")  # where the batch holds them, they are not computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +70,7 @@ def gather_at(hidden: jax.Array, stream: Stream, row: jax.Array, col: jax.Array)
 
 def _slots(spec: ModelSpec, params, stream: Stream) -> tuple[jax.Array, jax.Array]:
     hidden = forward(spec.config, params["model"], stream.tokens, stream.segment, stream.prefix, stream.position,
-                     **({"adapters": params["adapters"]} if "adapters" in params else {}),
-                     remat=spec.remat, unroll=spec.unroll)
+                     adapters=params.get("adapters"), remat=spec.remat, unroll=spec.unroll)
     return hidden, gather_slots(hidden, stream)
 
 
@@ -80,7 +81,8 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
     params, ref_params: parameter trees ({"model": ...}, and "adapters" in what a LoRA policy adds to it); ref_params is
     None where the rule has no reference copy, and `ref_logps` then comes from batch.data. Log-probs outside the mask
     are 0. Returns name -> array.
-    Raises KeyError when a request has neither a reference copy nor data (reference.check refuses that earlier).
+    Raises KeyError when a request has neither a reference copy nor data (reference.check refuses that earlier), and
+    DataError when the batch lacks the stream or the array that a request is about.
     """
     wanted = set(wanted)
     out: dict[str, Any] = {}
@@ -96,26 +98,42 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
             reference -= batch.data.keys()
             if reference:
                 raise KeyError(f"no reference to compute {sorted(reference)} from")
-        if not (policy or reference or "rewards" in names):
+        for name in sorted(reference & batch.data.keys() & set(_RECORDED)):
+            out[name] = batch.data[name]
+            reference.discard(name)
+        heads = {n for n in names if REQUESTS[n].provider == "head"}
+        if not (policy or reference or heads):
             continue
+        if stream_name not in batch.streams:
+            raise DataError(f"{', '.join(sorted(names))}: the batch has no stream {stream_name!r}; found: "
+                            f"{', '.join(sorted(batch.streams))}")
         stream = batch.streams[stream_name]
         mask = stream.mask
         ref = None
         if reference:
-            ref = jax.lax.stop_gradient((_slots(spec, ref_params, stream)[1], head(spec.config, ref_params["model"])))
-        if policy or "rewards" in names:
+            ref_hidden, ref_slots = jax.lax.stop_gradient(_slots(spec, ref_params, stream))
+            ref = ref_slots, jax.lax.stop_gradient(head(spec.config, ref_params["model"]))
+            if "prompt_embedding" in reference:
+                out["prompt_embedding"] = prompt_means(ref_hidden, stream)
+        if policy or heads:
             hidden, slots = _slots(spec, params, stream)
-            if "rewards" in names:
-                last = gather_at(hidden, stream, *last_token_positions(stream))
+        if heads:
+            last = gather_at(hidden, stream, *last_token_positions(stream))
+            if "rewards" in heads:
                 out["rewards"] = jnp.where(stream.valid, scalar_head(params["reward_head"], last), 0.0)
+            if "degree_logits" in heads:
+                out["degree_logits"] = jax.vmap(scalar_head, (0, None), -1)(params["degree_head"], last)
         if policy:
             needed = {_stat(n): None for n in sorted(policy)}
             stats = head_stats(slots, head(spec.config, params["model"]), stream.targets, want=tuple(needed),
                                other=ref if policy & _PAIR_STATS.keys() else None,
                                temperature=spec.temperature, byte_budget=spec.byte_budget)
-            for name in policy:
+            for name in policy - {"candidate_logps"}:
                 out[name] = _masked(name, stats[_stat(name)], mask)
-        plain = reference - _PAIR_STATS.keys()
+            if "candidate_logps" in policy:
+                out["candidate_logps"] = candidate_logps(slots, head(spec.config, params["model"]), stream.targets,
+                                                         stats["logp"], mask, spec.temperature)
+        plain = reference - _PAIR_STATS.keys() - {"prompt_embedding"}
         if plain:
             stats = head_stats(*ref, stream.targets, want=("logp",), temperature=spec.temperature,
                                byte_budget=spec.byte_budget)
@@ -130,13 +148,62 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
             out[name] = stream.mask
         elif name == "valid":
             out[name] = stream.valid
+        elif name == "targets":
+            out[name] = stream.targets
+        elif name == "annotator" and name not in batch.data:
+            out[name] = jnp.zeros(stream.row.shape[0], jnp.int32)
         elif provider == "data":
+            if name not in batch.data:
+                raise DataError(f"the loss asks for {name!r} ({REQUESTS[name].about}), which the records lack; found: "
+                                f"{', '.join(sorted(batch.data))}")
             out[name] = batch.data[name]
         elif provider == "key":
             out[name] = key
         elif provider == "state":
             out[name] = state
     return out
+
+
+def prompt_means(hidden: jax.Array, stream: Stream) -> jax.Array:
+    """hidden [R,T,D] -> [B,D] in float32 or wider: the mean over the prompt's tokens, up to where slot 0 is predicted.
+
+    0 where the prompt has no token (told by a first slot that nothing predicts).
+    """
+    row, col = stream.row[:, 0, 0], stream.col[:, 0, 0]
+    groups, columns = stream.groups, hidden.shape[1]
+    per = (groups, row.shape[0] // groups)
+
+    def of_row(x):
+        cut = x.reshape((groups, x.shape[0] // groups) + x.shape[1:])
+        return jax.vmap(lambda one, r: one[r])(cut, row.reshape(per)).reshape(row.shape + x.shape[1:])
+
+    at = jnp.arange(columns)[None] == col[:, None]
+    prefix, segment = of_row(stream.prefix), of_row(stream.segment)
+    own = jnp.sum(jnp.where(at, prefix, 0), -1, keepdims=True)
+    # A row may hold several prompts, side by side with completions: a prompt's tokens open their own segment.
+    inside = (jnp.arange(columns)[None] <= col[:, None]) & (prefix == own) & (segment == own) & (own > 0)
+    inside &= stream.mask[:, 0, :1] | (col[:, None] > 0)
+    wide = hidden.astype(jnp.promote_types(jnp.float32, hidden.dtype))
+    total = jnp.where(inside[..., None], of_row(wide), 0).sum(1)
+    return total / jnp.maximum(inside.sum(1), 1)[:, None]
+
+
+def candidate_logps(slots: jax.Array, head, targets: jax.Array, logps: jax.Array, mask: jax.Array,
+                    temperature: float) -> jax.Array:
+    """[B,K,L,L]: at slot t, the log-prob of token j of the same completion; 0 outside the mask.
+
+    slots [B,K,L,D]; head: ops.head.Head; targets int, logps (of the targets) and mask [B,K,L]. The normaliser is
+    taken from logps, so that the vocabulary is not visited again.
+    """
+    wide = jnp.promote_types(jnp.float32, jnp.promote_types(slots.dtype, head.weight.dtype))
+    logits = jnp.einsum("bktd,bkjd->bktj", slots.astype(wide), head.weight[targets].astype(wide), precision="highest")
+    if head.bias is not None:
+        logits = logits + head.bias[targets].astype(wide)[:, :, None]
+    if head.softcap is not None:
+        logits = head.softcap * jnp.tanh(logits / head.softcap)
+    logits = logits / temperature
+    normaliser = jnp.diagonal(logits, axis1=2, axis2=3) - logps
+    return jnp.where(mask[..., :, None] & mask[..., None, :], logits - normaliser[..., None], 0.0)
 
 
 def _stat(name: str) -> str:
