@@ -11,7 +11,8 @@ import difflib
 from ml_collections import ConfigDict
 
 from alignax import losses
-from alignax.types import ConfigError
+from alignax.data import LAYOUT_NAMES
+from alignax.types import REQUESTS, ConfigError
 
 
 def loss_section(name: str, **hyper) -> ConfigDict:
@@ -40,7 +41,10 @@ def lora_section(**over) -> ConfigDict:
 def train_stage(loss: str = "dpo", *, hyper=None, optim=None, data=None, lora=None, **over) -> ConfigDict:
     """A stage that trains on records until `steps` (or `epochs`, when steps is 0).
 
-    data.path: a .jsonl/.jsonl.gz file, `stage:NAME` (pairs made by a sample stage) or `builtin:stories`.
+    data.path: a file or folder in any layout of `data.format` (`auto` finds it), a folder of `alignax data prepare`, a
+    mixture `name=path@weight; ...`, `stage:NAME` (pairs made by a sample stage) or `builtin:stories`. data.template: a
+    chat template by name, file or folder for records of messages (empty: the model's own). data.eval_fraction: share
+    of the prompts that is held out, where there is no eval_path.
     init: `previous`, `model` (the run's starting parameters) or a stage's name. reference: frozen, adapter_off,
     precomputed, none. lora.rank: 0 trains all parameters; above, low-rank adapters on `lora.targets` (paths inside a
     layer, or regular expressions over them).
@@ -49,11 +53,11 @@ def train_stage(loss: str = "dpo", *, hyper=None, optim=None, data=None, lora=No
     requests = losses.get(loss).requests
     stage = ConfigDict(dict(
         kind="train", init="previous", steps=0, epochs=1, batch_size=32, accumulation=1,
-        reference="frozen" if any("ref" in r for r in requests) else "none", layout="padded",
+        reference="frozen" if any(REQUESTS[r].references for r in requests) else "none", layout="padded",
         max_prompt=0, max_completion=0, max_length=0, truncation="error", shapes="global", bucket_multiple=8,
         eval_every=50, log_every=10, checkpoint_every=100, keep_best=0, compile_budget=8, records_in_log=4))
-    stage.data = ConfigDict(dict(path="builtin:stories", eval_path="", eval_records=256, max_records=0,
-                                 on_identical="drop"))
+    stage.data = ConfigDict(dict(path="builtin:stories", format="auto", template="", split="", eval_path="",
+                                 eval_fraction=0.0, eval_records=256, max_records=0, on_identical="drop"))
     stage.data.update(data or {})
     stage.lora = lora_section(**(lora or {}))
     stage.loss = loss_section(loss, **(hyper or {}))
@@ -154,7 +158,7 @@ def _check_train(stage: ConfigDict, where: str) -> None:
     except ConfigError as error:
         raise ConfigError(f"{where}.loss: {error}") from error
     _one_of(stage, "truncation", ("error", "drop", "left", "right"), where)
-    _one_of(stage, "layout", ("padded", "shared_prefix"), where)
+    _one_of(stage, "layout", LAYOUT_NAMES, where)
     _one_of(stage, "shapes", ("global", "batch"), where)
     if stage.batch_size < 1 or stage.accumulation < 1 or stage.batch_size % stage.accumulation:
         raise ConfigError(f"{where}.batch_size={stage.batch_size} must be a positive multiple of "

@@ -36,6 +36,7 @@ class Context:
     spec: ModelSpec
     initial: Any
     tokenizer: data.Tokenizer
+    tokenizer_source: str  # its folder, where the chat template is looked for too; empty for the built-in one
     text: data.TextPolicy
     mesh: jax.sharding.Mesh
     seed: int
@@ -116,17 +117,29 @@ def finished_stages(workdir: pathlib.Path, stages: Sequence[str]) -> list[str]:
     return [s for s in stages if any((workdir / "stages" / s / part).exists() for part in ("params", "adapters.json"))]
 
 
-def load_model(model: dict, *, vocab_size: int, seed: int) -> tuple[ModelSpec, Any]:
-    """Decoder and starting parameters from a model section (plain dict): a Hugging Face folder, or random.
+def model_folder(model_path: str) -> pathlib.Path:
+    """The local folder of `config.model.path`: the folder itself, or a model of the Hub (see models.resolve)."""
+    try:
+        return models.resolve(model_path)
+    except ConfigError as error:
+        raise ConfigError(f"config.model.path={error}") from error
 
-    Raises ConfigError for a folder that is missing or a model that alignax does not know.
+
+def load_model(model: dict, *, vocab_size: int, seed: int) -> tuple[ModelSpec, Any]:
+    """Decoder and starting parameters from a model section (plain dict), in float32.
+
+    `path` is a Hugging Face folder, the name of one on the Hub, a folder of `alignax convert --to-native`, or empty for
+    random parameters. Raises ConfigError for a folder that is missing or a model that alignax does not know.
     """
     extra = dict(remat=model["remat"], byte_budget=int(model["head_megabytes"] * 1e6), unroll=model["unroll"])
     if model["path"]:
-        path = pathlib.Path(model["path"])
-        if not path.is_dir():
-            raise ConfigError(f"config.model.path={model['path']!r}: no such folder")
-        config, params = models.load(path)
+        path = model_folder(model["path"])
+        if (path / models.NATIVE).is_dir():
+            config = models.read_config(path)
+            like = {"model": models.abstract_params(config)}
+            params = jax.tree.map(jnp.asarray, checkpoint.load_tree(path / models.NATIVE, like)["model"])
+        else:
+            config, params = models.load(path)
     else:
         shape = {k: v for k, v in model.items() if k not in ("path", "remat", "head_megabytes", "unroll")}
         shape["vocab_size"] = shape["vocab_size"] or vocab_size
@@ -139,7 +152,19 @@ def load_tokenizer(name: str, model_path: str) -> data.Tokenizer:
     """`builtin:stories`, a tokenizer file or folder, or (empty) the model's folder."""
     if name == "builtin:stories" or (not name and not model_path):
         return data.stories_tokenizer()
-    return data.load_tokenizer(name or model_path)
+    return data.load_tokenizer(tokenizer_place(name, model_path))
+
+
+def tokenizer_place(name: str, model_path: str) -> pathlib.Path:
+    """The tokenizer file or folder that `config.tokenizer` names, on the Hub if need be, or the model's folder."""
+    if not name:
+        return model_folder(model_path)
+    if pathlib.Path(name).is_file():
+        return pathlib.Path(name)
+    try:
+        return models.resolve(name, weights=False)
+    except ConfigError as error:
+        raise ConfigError(f"config.tokenizer={error}") from error
 
 
 def text_policy(tokenizer: data.Tokenizer, model_path: str, *, add_bos: bool, eos_id: int) -> data.TextPolicy:
@@ -149,11 +174,12 @@ def text_policy(tokenizer: data.Tokenizer, model_path: str, *, add_bos: bool, eo
     Raises ConfigError when the chosen end token is not in the set.
     """
     if model_path:
-        ends = models.read_generation_ids(model_path)["eos"]
+        folder = model_folder(model_path)
+        ends = models.read_generation_ids(folder)["eos"]
         if not ends:
             raise ConfigError(f"config.model.path={model_path!r}: no end token in generation_config.json or "
                               "config.json")
-        policy = data.load_policy(model_path, eos_id=ends[0] if eos_id < 0 else eos_id)
+        policy = data.load_policy(folder, eos_id=ends[0] if eos_id < 0 else eos_id)
     else:
         policy = data.text_policy(tokenizer)
     return policy if add_bos else dataclasses.replace(policy, bos_id=None)

@@ -2,8 +2,9 @@
 
 frozen: the stage's initial parameters, run in the same program as the policy, so that every log-ratio is exactly 0 at
 step 0: a copy, or under LoRA the base itself, which training does not touch. adapter_off: that base by name, the policy
-with its adapters switched off; it needs LoRA, and costs no memory. precomputed: the sums of that copy, computed once over the data before the first step and read
-from the batch afterwards (no second forward, no second copy in memory; only `ref_logps`). none: no reference.
+with its adapters switched off; it needs LoRA, and costs no memory. precomputed: the sums of that copy, computed once
+over the data before the first step and read from the batch afterwards (no second forward, no second copy in memory;
+only `ref_logps`). none: no reference.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Below this file there are plain arguments; above it, a config.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import time
@@ -30,11 +29,12 @@ from alignax import (
     reference,
     sample,
     sharding,
+    stage_data,
     step,
 )
 from alignax import metrics as metrics_lib
 from alignax.diagnostics import figures
-from alignax.types import REQUESTS, ConfigError, DataError
+from alignax.types import ConfigError, DataError
 
 
 def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | None = None) -> dict[str, Any]:
@@ -66,7 +66,10 @@ def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | N
     data.check_vocab(tokenizer, spec.config.vocab_size)
     text = context.text_policy(tokenizer, config.model.path, **config.text.to_dict())
     sizes = {k: v for k, v in config.mesh.items() if v}
+    source = config.tokenizer or config.model.path
     ctx = context.Context(workdir=workdir, spec=spec, initial=initial, tokenizer=tokenizer, text=text,
+                          tokenizer_source="" if source.startswith("builtin:") or not source else
+                          str(context.tokenizer_place(config.tokenizer, config.model.path)),
                           mesh=sharding.make_mesh(sizes), seed=config.seed, console=console, stop=context.Stop())
     prepared = {}
     previous = "model"
@@ -159,77 +162,16 @@ def _check_deterministic() -> None:
 
 
 def _records(ctx: context.Context, name: str, stage: ConfigDict) -> tuple[list, list]:
-    """Tokenised (train, eval) records of a stage, and the ledger of what was cut or dropped, printed."""
-    section, where = stage.data, f"config.{name}.data.path"
-    ledger = data.Ledger()
+    """Tokenised (train, eval) records of a stage, checked against its loss."""
     limits = dict(max_prompt=stage.max_prompt or None, max_completion=stage.max_completion or None,
-                  max_length=stage.max_length or ctx.spec.config.max_positions, truncation=stage.truncation,
-                  ledger=ledger)
-    if section.path.startswith("stage:"):
-        train, held_out = sample.read_pairs(ctx.stage_dir(section.path[len("stage:"):]), sorted(ctx.text.eos_ids))
-    elif section.path == "builtin:stories":
-        train = data.tokenize_records(data.story_records(seed=ctx.seed, split="train",
-                                                         n=section.max_records or 4000),
-                                      ctx.tokenizer, ctx.text, **limits)
-        held_out = data.tokenize_records(data.story_records(seed=ctx.seed, split="eval",
-                                                            n=max(section.eval_records, 1)),
-                                         ctx.tokenizer, ctx.text, **limits)
-    elif section.path.startswith("builtin:"):
-        raise ConfigError(f"{where}={section.path!r}; allowed: builtin:stories, stage:NAME, or a file")
-    else:
-        read = data.read_jsonl(section.path, on_identical=section.on_identical, ledger=ledger)
-        if section.max_records:
-            read = read[:section.max_records]
-        train = data.tokenize_records(read, ctx.tokenizer, ctx.text, **limits)
-        held_out = []
-        if section.eval_path:
-            held_out = data.tokenize_records(data.read_jsonl(section.eval_path, on_identical=section.on_identical,
-                                                             ledger=ledger), ctx.tokenizer, ctx.text, **limits)
-    if section.max_records:
-        train = train[:section.max_records]
-    held_out = held_out[:section.eval_records]
-    if ledger.total:
-        ctx.console.print(ledger.table())
-    if not train:
-        raise DataError(f"{where}={section.path!r}: no record is left to train on; see the table above for why")
-    if len(train) < stage.batch_size:
-        raise DataError(f"{where}={section.path!r}: {len(train)} records are fewer than "
-                        f"config.{name}.batch_size={stage.batch_size}")
-    requests = losses.get(stage.loss.name).requests
-    width = max(len(r.completions) for r in train)
-    compares = "margins" in requests or ("logps" in requests and "labels" not in requests)
-    if width < 2 and compares:
-        raise DataError(f"{where}={section.path!r}: loss {stage.loss.name!r} compares completions, but the records "
-                        "have one each; use prompt/chosen/rejected or a list of completions")
+                  max_length=stage.max_length or ctx.spec.config.max_positions, truncation=stage.truncation)
+    train, held_out = stage_data.read(ctx, f"config.{name}.data", stage.data.to_dict(), limits=limits)
+    if stage.loss.name == "sft":
+        train, held_out = map(stage_data.first_only, train), map(stage_data.first_only, held_out)
+    train, held_out = list(train), list(held_out)
+    stage_data.check(f"config.{name}", stage.data.path, train, loss=losses.get(stage.loss.name),
+                     batch_size=stage.batch_size)
     return train, held_out
-
-
-def _first(record: data.TokenRecord) -> data.TokenRecord:
-    """The record with its first completion alone, the chosen one of a pair: what a supervised loss trains on."""
-    return dataclasses.replace(record, completions=record.completions[:1], scores=None, labels=None,
-                               completion_ended=record.completion_ended[:1],
-                               scored=None if record.scored is None else record.scored[:1])
-
-
-def _batch(ctx: context.Context, stage: ConfigDict, loss: losses.Loss, records: list, every: list,
-           extra: dict | None = None):
-    """Lays out records. K is the widest of the whole set `every`, so that every batch has one K; with
-    shapes=`global` the token grid is one shape too."""
-    if loss.name == "sft":
-        records, every = [_first(r) for r in records], [_first(r) for r in every]
-    mismatched = any(REQUESTS[q].stream == "mismatched" for q in loss.requests)
-    shaped = every if stage.shapes == "global" else records
-    columns, slots = data.bucket_shape(shaped, stage.bucket_multiple, layout=stage.layout)
-    others = None
-    if mismatched:
-        others = {"mismatched": data.mismatched(records)}
-        # A completion may meet the longest prompt of the batch.
-        longest = max(len(r.prompt) for r in shaped) + sum(sorted(len(c) for r in shaped for c in r.completions)[-2:])
-        columns = max(columns, data.bucket(longest, stage.bucket_multiple))
-    layout = {"padded": data.padded, "shared_prefix": data.shared_prefix}[stage.layout]
-    batch = layout(records, K=max(len(r.completions) for r in every), T=columns, L=slots, pad_id=ctx.text.pad_id,
-                   extra=others)
-    return dataclasses.replace(batch, data={**batch.data, **extra}) if extra else batch
 
 
 def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, prepared, profile_steps) -> dict:
@@ -264,16 +206,24 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
     kl = ("ref_policy_kl",) if ref is not None else ()
     evaluate_fn = jax.jit(step.make_evaluate(spec, loss, diagnostics=("entropy",) + kl))
     key = jax.random.key(ctx.seed)
+    # Without held-out records the same numbers are taken on the first training records, and named so.
+    watched, start_row = (held_out, len(train)) if held_out else (train[:stage.batch_size], 0)
+    cuts = stage_data.eval_cuts(len(watched), stage.batch_size, stage_data.row_groups(
+        ctx.mesh, stage.layout, stage.accumulation))
+    if len(watched) != (cuts[-1][1] if cuts else 0):
+        ctx.console.print(f"{name}: evaluation uses {cuts[-1][1] if cuts else 0} of {len(watched)} records, a multiple "
+                          "of the devices")
+    laid = stage_data.batches(ctx, train, held_out, loss=loss, plan=plan, steps=total, eval_cuts=cuts,
+                              layout=stage.layout, shapes=stage.shapes, bucket_multiple=stage.bucket_multiple,
+                              accumulation=stage.accumulation)
+    every = train + held_out
     cached = None
     if stage.reference == "precomputed":
-        cached = _precompute(ctx, stage, loss, start, train + held_out, folder)
+        cached = _precompute(ctx, laid, start, every, folder, stage.batch_size)
 
-    def make(records, offset=0, index=None):
-        extra = None
-        if cached is not None:
-            rows = np.asarray(index) if index is not None else offset + np.arange(len(records))
-            extra = {"ref_logps": cached[rows]}
-        return sharding.shard_batch(_batch(ctx, stage, loss, records, train + held_out, extra), ctx.mesh)
+    def make(rows):
+        extra = None if cached is None else {"ref_logps": cached[rows]}
+        return laid.make([every[i] for i in rows], extra)
 
     saved = checkpoint.Checkpoints(folder / "checkpoints", keep_best=stage.keep_best)
     at = 0
@@ -293,18 +243,8 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
 
     def evaluate_now(number: int) -> None:
         nonlocal best
-        # Without held-out records the same numbers are taken on the first training records, and named so.
-        watched, start_row = (held_out, len(train)) if held_out else (train[:stage.batch_size], 0)
-        parts = []
-        ways = ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
-        usable = len(watched) // ways * ways
-        cuts = list(range(0, usable, stage.batch_size)) + [usable]
-        if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:
-            del cuts[-2]  # a batch of one has no mismatched partner
-        for start, stop in itertools.pairwise(cuts):
-            some = watched[start:stop]
-            parts.append(evaluate_fn(frozen | state.params, ref, make(some, start_row + start), hyper,
-                                     jax.random.fold_in(key, 2**31), state.loss_state)[0])
+        parts = [evaluate_fn(frozen | state.params, ref, make(start_row + np.arange(a, b)), hyper,
+                             jax.random.fold_in(key, 2**31), state.loss_state)[0] for a, b in cuts]
         best = step.merge_metrics(parts)
         writer.write(number, best, split="eval" if held_out else "eval_on_train")
         if probe is not None:
@@ -343,7 +283,7 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
         task = bar.add_task(name, total=total, completed=at, numbers="")
         for number in range(at + 1, total + 1):
             index = plan.batch_indices(number - 1)
-            batch = make([train[i] for i in index], index=index)
+            batch = make(index)
             if number == profile_steps[0] and profile_steps[1] > profile_steps[0]:
                 jax.profiler.start_trace(str(ctx.workdir / "profile"))
             state, out = update(state, ref, batch, hyper, jax.random.fold_in(key, number), frozen)
@@ -419,7 +359,8 @@ def _committed(ctx: context.Context, state: Any) -> Any:
     return jax.device_put(state, sharding.param_shardings(state, ctx.mesh))
 
 
-def _precompute(ctx, stage, loss, params, records: list, folder: pathlib.Path) -> np.ndarray:
+def _precompute(ctx, laid: stage_data.Batches, params, records: list, folder: pathlib.Path,
+                batch_size: int) -> np.ndarray:
     """Reference sums [n, K] of all records, kept in the stage's folder under a fingerprint of model and data."""
     mark = context.fingerprint({"model": params["model"],
                                 "tokens": [np.concatenate([r.prompt, *r.completions]) for r in records]})
@@ -432,9 +373,10 @@ def _precompute(ctx, stage, loss, params, records: list, folder: pathlib.Path) -
             return stored["logps"]
     score = jax.jit(step.make_evaluate(ctx.spec, None))
     out = []
-    for start in range(0, len(records), stage.batch_size):
-        index = np.arange(start, start + stage.batch_size) % len(records)
-        batch = sharding.shard_batch(_batch(ctx, stage, loss, [records[i] for i in index], records), ctx.mesh)
+    # These batches are not the plan's: packed ones may need other rows than those that were planned.
+    laid = dataclasses.replace(laid, mismatched=False, shape=None if stage_data.packs(laid.layout) else laid.shape)
+    for start in range(0, len(records), batch_size):
+        batch = laid.make([records[i % len(records)] for i in range(start, start + batch_size)])
         out.append(np.asarray(score({"model": params["model"]}, None, batch, {}, None, None)[1]["logps"]))
     logps = np.concatenate(out)[:len(records)]
     part = path.with_suffix(".part.npz")

@@ -1,0 +1,187 @@
+"""What a train stage learns from: its records, read, tokenised and accounted for, and their batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignax import data, losses, sample, sharding
+from alignax.context import Context
+from alignax.data import mixture, store
+from alignax.data.layouts.shapes import packs
+from alignax.diagnostics import show
+from alignax.types import REQUESTS, Batch, ConfigError, DataError
+
+PREPARED_EVAL = "eval"
+
+
+def read(ctx: Context, where: str, section: Mapping[str, Any], *, limits: Mapping[str, Any]) -> tuple[list, list]:
+    """(train, held-out) token records of a stage's data section; the ledger and an example are printed.
+
+    section: path, format, template, split, eval_path, eval_records, eval_fraction, max_records, on_identical.
+    limits: truncation and the bounds, as data.tokenize_records takes them. where: the config key, for messages.
+    Raises ConfigError for a section that cannot work and DataError with file and line for data that cannot.
+    """
+    section, path = dict(section), section["path"]
+    if not path:
+        raise ConfigError(f"{where}.path is empty; allowed: a file or folder of records, builtin:stories, stage:NAME, "
+                          "or a mixture name=path@weight; ...")
+    if not 0 <= section["eval_fraction"] < 1:
+        raise ConfigError(f"{where}.eval_fraction={section['eval_fraction']}; allowed: 0 or more and below 1")
+    if path.startswith("stage:"):
+        train, held_out = sample.read_pairs(ctx.stage_dir(path[len("stage:"):]), sorted(ctx.text.eos_ids))
+        return train[:section["max_records"] or None], held_out[:section["eval_records"]]
+    ledger = data.Ledger()
+    raw, raw_eval = _raw(ctx, where, section, ledger)
+    template = template_of(ctx, where, section["template"], [*raw[:1], *raw_eval[:1]])
+    tokenize = lambda records: data.tokenize_records(records, ctx.tokenizer, ctx.text, ledger=ledger,
+                                                     template=template, **limits)
+    train, held_out = tokenize(raw), tokenize(raw_eval)[:section["eval_records"]]
+    _report(ctx, ledger, limits, train)
+    return train, held_out
+
+
+def _raw(ctx: Context, where: str, section: Mapping[str, Any], ledger: data.Ledger) -> tuple[list, list]:
+    """Text records before tokenising: (train, held-out)."""
+    path, wanted = section["path"], section["eval_records"]
+    if path == "builtin:stories":
+        return (data.story_records(seed=ctx.seed, split="train", n=section["max_records"] or 4000),
+                data.story_records(seed=ctx.seed, split="eval", n=max(wanted, 1)))
+    if path.startswith("builtin:"):
+        raise ConfigError(f"{where}.path={path!r}; allowed: builtin:stories, stage:NAME, a file or folder, a mixture")
+    reading = dict(on_identical=section["on_identical"], ledger=ledger)
+    if "=" in path and not pathlib.Path(path).exists():
+        mixed = mixture.load_mixture(path, epochs=1.0, seed=ctx.seed, **reading)
+        ctx.console.print(mixed.table())
+        records = mixed.records
+    else:
+        records = store.load_records(path, format=section["format"], split=section["split"] or None, **reading)
+    if section["eval_path"]:
+        held_out = store.load_records(section["eval_path"], format=section["format"], **reading)
+    elif store.is_prepared(path) and PREPARED_EVAL in store.read_manifest(path)["splits"] and not section["split"]:
+        held_out = list(store.open_store(path, PREPARED_EVAL))
+    else:
+        share = section["eval_fraction"]
+        held_out = [r for r in records if store.eval_share(r, "prompt") < share] if share else []
+        records = [r for r in records if store.eval_share(r, "prompt") >= share] if share else records
+    if section["max_records"] and len(records) > section["max_records"]:
+        ledger.note(f"records beyond max_records={section['max_records']}, not used",
+                    len(records) - section["max_records"])
+        records = records[:section["max_records"]]
+    return records, held_out
+
+
+def template_of(ctx: Context, where: str, name: str, examples: Sequence[data.Record]) -> data.ChatTemplate | None:
+    """The chat template of a run: the one named, else the model's own where the records are dialogues, else None."""
+    source = name or (ctx.tokenizer_source if any(not isinstance(r.prompt, str) for r in examples) else "")
+    if not source:
+        return None
+    specials = data.template_specials(ctx.tokenizer, bos_id=ctx.text.bos_id, eos_id=ctx.text.eos_id)
+    try:
+        return data.load_template(source, specials=specials)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.template={name!r}: {error}") from error
+
+
+def _report(ctx: Context, ledger: data.Ledger, limits: Mapping[str, Any], train: list) -> None:
+    """What became of the records, the policies in force, and the first example with its loss mask."""
+    if ledger.total:
+        ctx.console.print(ledger.table())
+    bounds = "  ".join(f"{k}={v}" for k, v in limits.items() if v)
+    ends = ", ".join(ctx.tokenizer.token(i) for i in sorted(ctx.text.eos_ids))
+    opens = "none" if ctx.text.bos_id is None else ctx.tokenizer.token(ctx.text.bos_id)
+    ctx.console.print(f"text: BOS {opens}, ends {ends}; {bounds}", markup=False, highlight=False)
+    if train and train[0].completions:
+        parts = show.pieces(train[0], 0, ctx.tokenizer, ctx.text)
+        text = show.coloured(parts) if ctx.console.is_terminal else show.plain(parts)
+        ctx.console.print(text if not isinstance(text, str) else text[-600:], markup=False, highlight=False)
+
+
+def check(where: str, path: str, train: Sequence[data.TokenRecord], *, loss: losses.Loss, batch_size: int) -> None:
+    """Raises DataError where there is too little to train on, or the records do not hold what the loss compares.
+
+    where: the stage's config key; path: what was read."""
+    size, where = f"{where}.batch_size={batch_size}", f"{where}.data.path={path!r}"
+    if not train:
+        raise DataError(f"{where}: no record is left to train on; see the table above for why")
+    if len(train) < batch_size:
+        raise DataError(f"{where}: {len(train)} records are fewer than {size}")
+    width = max(len(r.completions) for r in train)
+    compares = "margins" in loss.requests or ("logps" in loss.requests and "labels" not in loss.requests)
+    if width < 2 and compares:
+        raise DataError(f"{where}: loss {loss.name!r} compares completions, but the records have one each; use "
+                        "prompt/chosen/rejected or a list of completions")
+
+
+def first_only(record: data.TokenRecord) -> data.TokenRecord:
+    """The record with its first completion alone, the chosen one of a pair: what a supervised loss trains on."""
+    return dataclasses.replace(record, completions=record.completions[:1], scores=None, labels=None,
+                               completion_ended=record.completion_ended[:1],
+                               scored=None if record.scored is None else record.scored[:1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Records to batches on the mesh. shape: the one shape of every batch, or None for the smallest bucket of each.
+
+    groups: row groups of the packed layouts, a multiple of devices times micro-batches. mismatched: whether the loss
+    needs KTO's rotated completions.
+    """
+
+    layout: str
+    multiples: int
+    pad_id: int
+    mesh: jax.sharding.Mesh
+    width: int
+    shape: data.Shape | None
+    groups: int
+    mismatched: bool
+
+    def make(self, records: Sequence[data.TokenRecord], extra: Mapping[str, np.ndarray] | None = None) -> Batch:
+        """Lays `records` out and puts them on the devices; `extra` arrays [B, ...] join batch.data."""
+        shape = self.shape or data.plan_shape(records, self.layout, self.multiples, groups=self.groups,
+                                              mismatched=self.mismatched, least=data.Shape(self.width, 1, 1, 1))
+        others = {"mismatched": data.mismatched(records)} if self.mismatched else None
+        batch = data.fill(records, shape, self.layout, pad_id=self.pad_id, groups=self.groups, extra=others)
+        if extra:
+            batch = dataclasses.replace(batch, data={**batch.data, **extra})
+        return sharding.shard_batch(batch, self.mesh)
+
+
+def batches(ctx: Context, train: Sequence[data.TokenRecord], held_out: Sequence[data.TokenRecord], *,
+            loss: losses.Loss, plan: data.Plan, steps: int, eval_cuts: Sequence[tuple[int, int]], layout: str,
+            shapes: str, bucket_multiple: int, accumulation: int) -> Batches:
+    """The layout of a stage. With shapes=`global` one shape holds every batch of the plan and of the evaluation."""
+    mismatched = any(REQUESTS[q].stream == "mismatched" for q in loss.requests)
+    groups = row_groups(ctx.mesh, layout, accumulation) if packs(layout) else 1
+    every = [*train, *held_out]
+    shape = None
+    if shapes == "global":
+        offset = len(train) if held_out else 0
+        cuts = [offset + np.arange(start, stop) for start, stop in eval_cuts]
+        shape = data.plan_shape(every, layout, bucket_multiple, batches=[*plan.sequence(steps), *cuts], groups=groups,
+                                mismatched=mismatched)
+    return Batches(layout, bucket_multiple, ctx.text.pad_id, ctx.mesh, max(len(r.completions) for r in every), shape,
+                   groups, mismatched)
+
+
+def row_groups(mesh: jax.sharding.Mesh, layout: str, accumulation: int) -> int:
+    """What the records of a batch must be a multiple of: the devices that share it, and in a packed layout, whose rows
+    are cut into groups, the micro-batches too."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return ways * accumulation if packs(layout) else ways
+
+
+def eval_cuts(n: int, batch_size: int, ways: int) -> list[tuple[int, int]]:
+    """(start, stop) of the evaluation's batches over n records: whole multiples of `ways`, none of a single record
+    where it can be helped (a batch of one has no mismatched partner)."""
+    usable = n // ways * ways
+    edges = [*range(0, usable, batch_size), usable]
+    if len(edges) > 2 and edges[-1] - edges[-2] == 1:
+        del edges[-2]
+    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
