@@ -1,4 +1,6 @@
-"""Token records to batches: slots, masks, segments and buckets of both layouts."""
+"""Token records to batches: slots, masks, segments and buckets of the layouts."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from hypothesis import strategies as st
 from alignax.data import (
     Ledger,
     Record,
+    Shape,
     bucket,
     bucket_shape,
+    fill,
     mismatched,
     padded,
     record_number,
@@ -22,7 +26,17 @@ from alignax.data import (
 from alignax.data.tokens import TextPolicy
 from alignax.types import ConfigError, DataError
 
-LAYOUTS = {"padded": padded, "shared_prefix": shared_prefix}
+
+def packing(layout):
+    """A packed layout called like the others, with as many rows as the records could need."""
+    def call(records, *, K, T, L, pad_id, extra=None):
+        rows = len(records) * (1 if layout.startswith("shared") else K)
+        return fill(records, Shape(K, T, L, rows), layout, pad_id=pad_id, extra=extra)
+    return call
+
+
+LAYOUTS = {"padded": padded, "shared_prefix": shared_prefix, "packed": packing("packed"),
+           "shared_prefix_packed": packing("shared_prefix_packed")}
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 A = token_record("a", [1, 5, 6], [[7, 8, 2], [9, 2]], eos_ids=[2], file="f.jsonl", line=1)
 B = token_record("b", [1], [[7, 2]], eos_ids=[2], labels=[0], margin=1.5, file="f.jsonl", line=2)
@@ -66,6 +80,8 @@ def check_stream(stream, records, pad_id):
                 context = reads(stream, rows[k, slot], stream.col[b, k, slot])
                 assert context == list(enumerate(prompt + ids[:slot]))
     assert (stream.tokens[stream.segment == 0] == pad_id).all() and ((stream.prefix > 0) == (stream.segment > 0)).all()
+    # No slot, scored or not, points outside the rows of its group.
+    assert (stream.row < stream.tokens.shape[0] // stream.groups).all() and (stream.col < stream.tokens.shape[1]).all()
 
 
 def test_padded_by_hand():
@@ -135,23 +151,34 @@ def test_scores_are_given_when_every_record_has_them():
     assert "scores" not in padded([*scored, A], K=2, T=8, L=4, pad_id=0).data
 
 
-def test_mismatched_rotates_completions_under_the_same_prompts():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scored_tokens_alone_are_in_the_mask(layout):
+    turns = (np.array([True, False, True]), np.array([False, True]))
+    pair = LAYOUTS[layout]([dataclasses.replace(A, scored=turns), B], K=2, T=9, L=3, pad_id=0).streams["pair"]
+    assert pair.mask.tolist() == [[[True, False, True], [False, True, False]], [[True, True, False], [False] * 3]]
+    whole = LAYOUTS[layout]([A, B], K=2, T=9, L=3, pad_id=0).streams["pair"]
+    for name in ("tokens", "segment", "prefix", "position", "row", "col", "targets"):
+        np.testing.assert_array_equal(getattr(pair, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mismatched_rotates_completions_under_the_same_prompts(layout):
     C = token_record("c", [1, 4], [[3, 2]], eos_ids=[2])
     rotated = mismatched([A, B, C])
     assert [r.id for r in rotated] == ["a", "b", "c"]
     assert all(r.prompt is s.prompt for r, s in zip(rotated, [A, B, C], strict=True))
     assert [r.completions for r in rotated] == [B.completions, C.completions, A.completions]
-    T, L = bucket_shape([A, B, C, *rotated], 4)
-    batch = padded([A, B, C], K=2, T=T, L=L, pad_id=0, extra={"mismatched": rotated})
+    T, L = bucket_shape([A, B, C, *rotated], 4, layout=layout)
+    batch = LAYOUTS[layout]([A, B, C], K=2, T=T, L=L, pad_id=0, extra={"mismatched": rotated})
     check_stream(batch.streams["mismatched"], rotated, 0)
     check_stream(batch.streams["pair"], [A, B, C], 0)
     with pytest.raises(ConfigError, match="1 record.*at least 2"):
         mismatched([A])
     with pytest.raises(ConfigError, match="extra stream 'pair'"):
-        padded([A, B], K=2, T=8, L=4, pad_id=0, extra={"pair": [A, B]})
+        LAYOUTS[layout]([A, B], K=2, T=8, L=4, pad_id=0, extra={"pair": [A, B]})
 
 
-@pytest.mark.parametrize("layout, T", [("padded", 6), ("shared_prefix", 8)])
+@pytest.mark.parametrize("layout, T", [("padded", 6), ("shared_prefix", 8), ("packed", 6), ("shared_prefix_packed", 8)])
 def test_layouts_never_cut(layout, T):
     fits = {"K": 2, "T": T, "L": 3}
     LAYOUTS[layout]([A], **fits, pad_id=0)

@@ -107,6 +107,10 @@ class Plan:
             yield position, self.batch_indices(position)
             position += 1
 
+    def sequence(self, steps: int, position: int = 0) -> Iterator[np.ndarray]:
+        """The indices of `steps` batches from global batch `position` on: what a plan's shapes are measured on."""
+        return (self.batch_indices(step) for step in range(position, position + steps))
+
     def _identity(self) -> dict[str, int]:
         # lengths decide the grouping, so a checksum of them is part of the plan
         lengths = 0 if self.lengths is None else zlib.crc32(np.asarray(self.lengths, "<i8").tobytes())

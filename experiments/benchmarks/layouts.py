@@ -1,0 +1,191 @@
+"""The four layouts side by side: non-pad tokens per second and fill on preference pairs of HH-like lengths.
+
+    python experiments/benchmarks/layouts.py [--quick] [--json runs/benchmarks/layouts.json]
+
+One DPO update (frozen reference, AdamW) of a random decoder on the same pairs in every layout. Prompts and
+completions have log-normal lengths, medians 90 and 35 tokens and log-spreads 1.0 and 0.95: those of HH's harmless-base
+test dialogues at four characters to a token. Before anything is timed, the log-probs of every sequence of a batch
+must agree between the layouts to 1e-4 nats. Then rounds: each round times one update in every layout on the same
+records, so that a slow moment of a shared machine hits all of them.
+
+Tokens are those of the padded layout (a prompt counts with each of its completions) in every row of the table, so
+that the ratio is one of time. `fill` is the share of grid cells that hold a token. Times are medians with quartiles
+over the rounds, ratios medians of the rounds' own ratios. Placing a batch on the device is part of the time.
+
+Cost: four compilations and (rounds + warmup) updates in each layout; `--quick` takes well under a minute on an idle
+machine. Expected fill at the default size: padded and shared_prefix 0.33, packed 0.80, shared_prefix_packed 0.81; with
+--batch 128 the packed ones reach 0.88 and 0.90. One shape holds the fullest batch of the run, so larger batches, which
+vary less, are packed better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from alignax import data, losses, models, step
+from alignax.types import DataError
+
+TOLERANCE = 1e-4  # nats, of a sequence's sum in float32
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the script runs, nothing else")
+    parser.add_argument("--batch", type=int, default=32, help="pairs of an update (default 32)")
+    parser.add_argument("--rounds", type=int, default=30, help="timed updates of each layout (default 30)")
+    parser.add_argument("--warmup", type=int, default=5, help="updates of each layout before them (default 5)")
+    parser.add_argument("--max-prompt", type=int, default=384, help="longest prompt (default 384)")
+    parser.add_argument("--max-completion", type=int, default=128, help="longest completion (default 128)")
+    parser.add_argument("--columns", type=int, default=0, help="least row length of the packed layouts (default: none)")
+    parser.add_argument("--hidden", type=int, default=128, help="model width; 2 layers per 128 (default 128)")
+    parser.add_argument("--vocab", type=int, default=4096, help="vocabulary (default 4096)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of lengths, tokens and parameters")
+    parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("runs/benchmarks/layouts.json"),
+                        help="where the numbers go (default runs/benchmarks/layouts.json)")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.batch, args.rounds, args.warmup, args.max_prompt, args.max_completion = 4, 3, 1, 48, 16
+        args.hidden, args.vocab = 32, 64
+    return args
+
+
+def pairs(args: argparse.Namespace) -> list[data.TokenRecord]:
+    """Random ids with lengths as the module says, cut to the bounds; one record per timed or warm-up pair."""
+    rng = np.random.default_rng(args.seed)
+
+    def lengths(median: float, spread: float, least: int, most: int) -> np.ndarray:
+        scale = min(most / 4, median)  # a quick run keeps the shape of the lengths
+        return np.clip(np.exp(rng.normal(np.log(scale), spread, n)).astype(int), least, most)
+
+    n = args.batch * (args.rounds + args.warmup)
+    prompts = lengths(90, 1.0, 4, args.max_prompt)
+    sides = [lengths(35, 0.95, 2, args.max_completion) for _ in range(2)]
+    draw = lambda size: rng.integers(3, args.vocab, size).tolist()
+    return [data.token_record(f"r{i}", draw(prompts[i]), [[*draw(side[i] - 1), 2] for side in sides], eos_ids=(2,))
+            for i in range(n)]
+
+
+class Layout:
+    """One layout's compiled update with its own state."""
+
+    def __init__(self, name: str, records: list[data.TokenRecord], args: argparse.Namespace):
+        plan = data.Plan(len(records), args.batch, args.seed)
+        self.name, self.records, self.plan = name, records, plan
+        self.shape = data.plan_shape(records, name, 32, batches=plan.sequence(args.rounds + args.warmup),
+                                     columns=args.columns)
+        config = models.DecoderConfig(
+            vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=2 * args.hidden,
+            num_layers=2 * max(args.hidden // 128, 1), num_heads=4, num_kv_heads=4, head_dim=args.hidden // 4,
+            max_positions=args.max_prompt + args.max_completion)
+        spec, optimizer, self.loss = step.ModelSpec(config), optax.adamw(1e-4), losses.get("dpo")
+        tree = lambda seed: {"model": models.init_params(config, jax.random.key(seed))}
+        params, self.reference = tree(args.seed), tree(args.seed + 1)
+        self.state = step.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), None)
+        self.evaluate = jax.jit(step.make_evaluate(spec, self.loss))
+        self.cells = self.tokens = 0
+        batch, key = jax.device_put(self.batch(0)), jax.random.key(0)
+        began = time.perf_counter()
+        update = jax.jit(step.make_update(spec, self.loss, optimizer), donate_argnums=0)
+        self.update = update.lower(self.state, self.reference, batch, {}, key).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.temporaries = self.update.memory_analysis().temp_size_in_bytes
+
+    def batch(self, number: int):
+        """Global batch `number` of the plan on the host."""
+        return data.fill([self.records[i] for i in self.plan.batch_indices(number)], self.shape, self.name, pad_id=0)
+
+    def log_probs(self) -> np.ndarray:
+        """[B, 2] of batch 0 under the starting parameters."""
+        arrays = self.evaluate(self.state.params, self.reference, self.batch(0), {}, None, None)[1]
+        return np.asarray(arrays["logps"])
+
+    def seconds(self, number: int) -> float:
+        """Wall time of update `number`, with the transfer of its batch; rows were filled before."""
+        batch = self.batch(number)
+        tokens, cells = data.occupancy(batch)
+        self.tokens, self.cells = self.tokens + tokens, self.cells + cells
+        began = time.perf_counter()
+        self.state, metrics = self.update(self.state, self.reference, jax.device_put(batch), {}, jax.random.key(0))
+        jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - began
+
+
+def measure(args: argparse.Namespace, console: Console) -> dict:
+    """Parity, then the rounds; returns what the JSON file holds. Raises DataError where log-probs differ."""
+    records = pairs(args)
+    made = []
+    for name in data.LAYOUT_NAMES:
+        with console.status(f"compiling {name}"):
+            made.append(Layout(name, records, args))
+    first = made[0].log_probs()
+    apart = {one.name: float(np.abs(one.log_probs() - first).max()) for one in made}
+    if max(apart.values()) > TOLERANCE:
+        raise DataError(f"log-probs differ between layouts by {apart} nats, allowed is {TOLERANCE}; nothing was timed")
+    for number in range(args.warmup):
+        for one in made:
+            one.seconds(number)
+    tokens, seconds = [], []
+    for one in made:
+        one.tokens = one.cells = 0
+    for number in range(args.warmup, args.warmup + args.rounds):
+        some = [records[i] for i in made[0].plan.batch_indices(number)]
+        tokens.append(sum(len(r.prompt) + len(c) for r in some for c in r.completions))
+        # Another layout begins each round, so that none always runs on the other's warm caches.
+        turn = number % len(made)
+        row = {one.name: one.seconds(number) for one in made[turn:] + made[:turn]}
+        seconds.append([row[one.name] for one in made])
+    times, counts = np.asarray(seconds), np.asarray(tokens, float)
+    quartiles = lambda values: [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
+    rows = [dict(layout=one.name, shape=one.shape._asdict(), fill=one.tokens / one.cells,
+                 cells_per_update=one.cells / args.rounds, tokens_per_second=quartiles(counts / times[:, i]),
+                 speed_against_padded=quartiles(times[:, 0] / times[:, i]), log_probs_apart=apart[one.name],
+                 compile_seconds=one.compile_seconds, temporary_megabytes=one.temporaries / 1e6)
+            for i, one in enumerate(made)]
+    device = jax.devices()[0]
+    return dict(benchmark="layouts", quick=args.quick, device=f"{device.platform} {device.device_kind}",
+                jax=jax.__version__, settings={k: v for k, v in vars(args).items() if k not in ("json", "quick")},
+                layouts=rows)
+
+
+def table(result: dict) -> Table:
+    """One row per layout."""
+    out = Table(title=f"DPO update on {result['device']}, {result['settings']['batch']} pairs", title_justify="left")
+    out.add_column("layout", no_wrap=True)
+    for heading in ("rows x T", "fill", "tokens/s", "quartiles", "x padded", "quartiles", "temp MB", "compile s"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    for row in result["layouts"]:
+        (low, middle, high), (slow, ratio, fast) = row["tokens_per_second"], row["speed_against_padded"]
+        columns = row["shape"]["T"]
+        out.add_row(row["layout"], f"{row['cells_per_update'] / columns:.0f} x {columns}", f"{row['fill']:.3f}",
+                    f"{middle:,.0f}", f"{low:,.0f}-{high:,.0f}", f"{ratio:.2f}", f"{slow:.2f}-{fast:.2f}",
+                    f"{row['temporary_megabytes']:.1f}", f"{row['compile_seconds']:.1f}")
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints the table and writes the JSON file."""
+    args, console = arguments(argv), Console()
+    if console.width < 120:  # a terminal that is narrower wraps the table, a file keeps it whole
+        console = Console(width=120)
+    result = measure(args, console)
+    console.print(table(result))
+    if args.quick:
+        console.print("quick: these numbers show that the script runs, nothing else")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written: {args.json}")
+
+
+if __name__ == "__main__":
+    main()
