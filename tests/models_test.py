@@ -386,8 +386,9 @@ def test_bfloat16_files_are_read_and_written(folder, tmp_path, params):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"attention_bias": True}, "attention_bias: found True"),
-    ({"mlp_bias": True}, "mlp_bias"),
+    ({"attention_bias": True}, "missing: model.layers.0.self_attn.k_proj.bias"),
+    ({"mlp_bias": True}, "missing: model.layers.0.mlp.down_proj.bias"),
+    ({"mlp_bias": "yes"}, "mlp_bias: found 'yes'"),
     ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', allowed: 'silu'"),
     ({"sliding_window": 128}, "sliding_window: found 128"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -396,7 +397,8 @@ def test_bfloat16_files_are_read_and_written(folder, tmp_path, params):
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.*yarn"),
     ({"rope_theta": 5e5}, "rope_theta: found .10000.0, 500000.0."),
     ({"architectures": ["GemmaForCausalLM"]}, "architectures.*Gemma.*LlamaForCausalLM"),
-    ({"model_type": "qwen2"}, "model_type: found 'qwen2'"),
+    ({"model_type": "qwen2"}, "architectures: found .'LlamaForCausalLM'.*Qwen2ForCausalLM"),
+    ({"model_type": "mixtral"}, "model_type: found 'mixtral'"),
     ({"vocab_size": None}, "vocab_size: found None"),
     ({"num_key_value_heads": 3}, "num_kv_heads: found 3"),
     ({"intermediate_size": 25}, "found shape .24, 16., allowed: .25, 16."),

@@ -1,14 +1,12 @@
-"""Models: the decoder, scalar heads, and Hugging Face folders in and out."""
+"""Models: the decoder and its families, scalar heads, adapters, and Hugging Face folders in and out."""
 
 from alignax.models.adapters import AdapterConfig, init_adapters, merge
+from alignax.models.attention import attend, attention_mask
+from alignax.models.config import DecoderConfig, RopeScaling
 from alignax.models.decoder import (
     REMAT,
     Decoder,
-    DecoderConfig,
-    Layer,
-    LayerCache,
     abstract_params,
-    attention_mask,
     decode_step,
     extend_cache,
     forward,
@@ -17,12 +15,30 @@ from alignax.models.decoder import (
     init_params,
     logits,
 )
+from alignax.models.families import FAMILIES
+from alignax.models.files import TensorReader, open_tensors, write_tensors
 from alignax.models.heads import gather_last, init_scalar_head, last_token_positions, last_token_rewards, scalar_head
-from alignax.models.hf import load, read_config, read_generation_ids, save
+from alignax.models.hf import (
+    COMPANIONS,
+    NATIVE,
+    check_target,
+    copy_companions,
+    describe,
+    load,
+    read_config,
+    read_generation_ids,
+    save,
+    saved_dtype,
+    staged,
+)
+from alignax.models.hub import resolve
+from alignax.models.layers import Layer, LayerCache, linear
 
 __all__ = [
-    "AdapterConfig", "Decoder", "DecoderConfig", "Layer", "LayerCache", "REMAT", "abstract_params",
-    "attention_mask", "decode_step", "extend_cache", "forward", "gather_last", "head", "init_adapters",
-    "init_cache", "init_params", "init_scalar_head", "last_token_positions", "last_token_rewards", "load", "logits",
-    "merge", "read_config", "read_generation_ids", "save", "scalar_head",
+    "AdapterConfig", "COMPANIONS", "Decoder", "DecoderConfig", "FAMILIES", "Layer", "LayerCache", "NATIVE", "REMAT",
+    "RopeScaling", "TensorReader", "abstract_params", "attend", "attention_mask", "check_target", "copy_companions",
+    "decode_step", "describe", "extend_cache", "forward", "gather_last", "head", "init_adapters", "init_cache",
+    "init_params", "init_scalar_head", "last_token_positions", "last_token_rewards", "linear", "load", "logits",
+    "merge", "open_tensors", "read_config", "read_generation_ids", "resolve", "save", "saved_dtype", "scalar_head",
+    "staged", "write_tensors",
 ]

@@ -1,26 +1,29 @@
-"""A Llama-shaped decoder: flax NNX modules behind a functional boundary.
+"""One decoder for all families: flax NNX modules behind a functional boundary.
 
 Parameters are a plain nested dict of arrays that the caller holds (the pure dict of the module's state), with the
 layers stacked on a leading axis; every function here takes `(config, params, ...)` and is pure, so `jax.jit`, `grad`
 and sharding rules see arrays and paths such as `layers/attention/query` only. Training scans the stacked layers
 (optionally rematerialised); decoding unrolls them in Python with one key and one value array per layer.
 
-The architecture is that of Llama (arXiv 2302.13971) with grouped queries (arXiv 2305.13245): pre-norm RMSNorm
-(arXiv 1910.07467), rotary positions in the half-split convention (arXiv 2104.09864), SwiGLU (arXiv 2002.05202).
-Left out: biases, sliding windows, scaled rotary positions, dropout.
+The architecture is that of Llama (arXiv 2302.13971) with the variants of DecoderConfig; every choice is static, so a
+program holds only what its family computes. Left out: dropout, mixtures of experts, rotary frequencies that depend on
+the length of the batch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from alignax.models.attention import alibi_bias, attention_mask, distance
+from alignax.models.config import DecoderConfig
+from alignax.models.layers import Layer, LayerCache, View, add_norm, full_dtype, normalise, widen
+from alignax.models.rope import angles
 from alignax.ops.head import Head
 from alignax.types import Array, ConfigError
 
@@ -28,154 +31,7 @@ Params = dict[str, Any]
 
 REMAT = ("none", "full", "dots")
 _EMBEDDING_STD = 0.02
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder; hashable, so it can be a static argument of a jitted function.
-
-    num_kv_heads divides num_heads; head_dim is even (rotary halves). tie_embeddings: the output matrix is the
-    embedding. max_positions: the longest sequence of one segment that the model was made for; positions are computed,
-    not looked up, so this is a promise to check against, not a table size. Raises ConfigError on an impossible value.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    tie_embeddings: bool = True
-    max_positions: int = 512
-
-    def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                     "head_dim", "max_positions"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"DecoderConfig.{name}: found {value!r}, allowed: an integer >= 1")
-        for name in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ConfigError(f"DecoderConfig.{name}: found {value!r}, allowed: a finite number > 0")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ConfigError(f"DecoderConfig.tie_embeddings: found {self.tie_embeddings!r}, allowed: True or False")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"DecoderConfig.num_kv_heads: found {self.num_kv_heads}, allowed: a divisor of "
-                              f"num_heads = {self.num_heads}")
-        if self.head_dim % 2:
-            raise ConfigError(f"DecoderConfig.head_dim: found {self.head_dim}, allowed: an even number "
-                              "(rotary positions turn pairs)")
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, [B, S, num_kv_heads, head_dim] each; slot s holds the s-th token of the row."""
-
-    key: Array
-    value: Array
-
-
-def _full(dtype) -> jnp.dtype:
-    """float32, or wider where the input is wider: what norms, rotations and softmax are computed in."""
-    return jnp.promote_types(jnp.float32, dtype)
-
-
-def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32, returned in x's dtype."""
-    wide = x.astype(_full(x.dtype))
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    weight = weight.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + weight.shape)
-    return (wide * scale * weight).astype(x.dtype)
-
-
-def _rotary(config: DecoderConfig, position: Array, dtype) -> tuple[Array, Array]:
-    """cos and sin of the rotary angles, [R, T, 1, head_dim / 2], for integer positions [R, T]."""
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequency = jnp.asarray(config.rope_theta ** -exponent, _full(dtype)).reshape(1, 1, 1, -1)
-    angle = position.astype(frequency.dtype)[:, :, None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x_i, x_{i + head_dim/2}) of x [R, T, heads, head_dim] by their angles."""
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def _dense(key: Array, shape: tuple[int, int], dtype, scale: float = 1.0) -> nnx.Param:
-    """A weight [in, out] with variance scale^2 / in."""
-    wide = _full(dtype)
-    return nnx.Param((jax.random.normal(key, shape, wide) * (scale * shape[0] ** -0.5)).astype(dtype))
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention: query [D, H*h], key and value [D, G*h], output [H*h, D]."""
-
-    def __init__(self, config: DecoderConfig, key: Array, dtype=jnp.float32):
-        keys = jax.random.split(key, 4)
-        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.config = config
-        self.query = _dense(keys[0], (config.hidden_size, wide), dtype)
-        self.key = _dense(keys[1], (config.hidden_size, narrow), dtype)
-        self.value = _dense(keys[2], (config.hidden_size, narrow), dtype)
-        # Both branches of a layer write to the residual stream: keep its variance independent of depth.
-        self.output = _dense(keys[3], (wide, config.hidden_size), dtype, (2 * config.num_layers) ** -0.5)
-
-    def __call__(self, x, cos, sin, mask, cache: LayerCache | None = None, index=0):
-        """x [R,T,D], mask [R,T,S] -> ([R,T,D], cache). Without a cache S = T; with one, the new keys and values are
-        written at slots index .. index+T-1 and all S slots of the cache are read. Softmax in float32."""
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        query = _rotate(jnp.matmul(x, self.query[...]).reshape(heads), cos, sin)
-        key = _rotate(jnp.matmul(x, self.key[...]).reshape(heads), cos, sin)
-        value = jnp.matmul(x, self.value[...]).reshape(heads)
-        if cache is not None:
-            start = (0, index, 0, 0)
-            key = jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start)
-            value = jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start)
-            cache = LayerCache(key, value)
-        # A row with nothing to attend to gets a finite constant in every slot, hence uniform weights: finite values
-        # and gradients on padding, which no mask ever reads.
-        out = jax.nn.dot_product_attention(query, key.astype(query.dtype), value.astype(query.dtype),
-                                           mask=mask[:, None], implementation="xla")
-        return jnp.matmul(out.reshape(*x.shape[:2], -1), self.output[...]), cache
-
-
-class Mlp(nnx.Module):
-    """SwiGLU: down(silu(gate x) * up x); gate and up [D, F], down [F, D]."""
-
-    def __init__(self, config: DecoderConfig, key: Array, dtype=jnp.float32):
-        keys = jax.random.split(key, 3)
-        self.gate = _dense(keys[0], (config.hidden_size, config.intermediate_size), dtype)
-        self.up = _dense(keys[1], (config.hidden_size, config.intermediate_size), dtype)
-        self.down = _dense(keys[2], (config.intermediate_size, config.hidden_size), dtype,
-                           (2 * config.num_layers) ** -0.5)
-
-    def __call__(self, x):
-        """[R,T,D] -> [R,T,D]."""
-        gated = jax.nn.silu(jnp.matmul(x, self.gate[...])) * jnp.matmul(x, self.up[...])
-        return jnp.matmul(gated, self.down[...])
-
-
-class Layer(nnx.Module):
-    """One pre-norm block: x + attention(norm x), then x + mlp(norm x)."""
-
-    def __init__(self, config: DecoderConfig, key: Array, dtype=jnp.float32):
-        first, second = jax.random.split(key)
-        self.config = config
-        self.attention_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
-        self.attention = Attention(config, first, dtype)
-        self.mlp_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
-        self.mlp = Mlp(config, second, dtype)
-
-    def __call__(self, x, cos, sin, mask, cache: LayerCache | None = None, index=0):
-        """x [R,T,D], mask [R,T,S] -> ([R,T,D], cache); see Attention."""
-        eps = self.config.rms_norm_eps
-        out, cache = self.attention(_rms_norm(x, self.attention_norm[...], eps), cos, sin, mask, cache, index)
-        x = x + out
-        return x + self.mlp(_rms_norm(x, self.mlp_norm[...], eps)), cache
+_NORM_HEAD_EPS = 1e-12
 
 
 class Decoder(nnx.Module):
@@ -183,21 +39,25 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, key: Array, dtype=jnp.float32):
         embedding, layers, output = jax.random.split(key, 3)
-        shape = (config.vocab_size, config.hidden_size)
-        draw = lambda k: (jax.random.normal(k, shape, _full(dtype)) * _EMBEDDING_STD).astype(dtype)
-        self.embedding = nnx.Param(draw(embedding))
+        draw = lambda k, rows: nnx.Param(
+            (jax.random.normal(k, (rows, config.hidden_size), full_dtype(dtype)) * _EMBEDDING_STD).astype(dtype))
+        self.embedding = draw(embedding, config.vocab_size)
+        if config.positions == "learned":
+            self.positions = draw(jax.random.fold_in(embedding, 1), config.max_positions)
         self.layers = nnx.vmap(lambda k: Layer(config, k, dtype))(jax.random.split(layers, config.num_layers))
-        self.norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        add_norm(self, "norm", config, config.hidden_size, dtype)
         if not config.tie_embeddings:
-            self.head = nnx.Param(draw(output))
+            self.head = draw(output, config.vocab_size)
 
 
 def init_params(config: DecoderConfig, key: Array, dtype=jnp.float32) -> Params:
     """Fresh parameters: a nested dict of `dtype` arrays.
 
-    embedding [V,D], norm [D], head [V,D] (untied only), and layers/{attention_norm, attention/{query,key,value,
-    output}, mlp_norm, mlp/{gate,up,down}} with a leading axis num_layers. Matrices are [in, out] with variance 1/in,
-    divided by 2 num_layers where they write to the residual stream; embeddings have standard deviation 0.02.
+    embedding [V,D], norm [D], head [V,D] (untied only), positions [max_positions,D] (learned only), and
+    layers/{attention_norm, attention/{query,key,value,output}, mlp_norm, mlp/{gate,up,down}} with a leading axis
+    num_layers; where the config asks for them also NAME_bias beside a matrix or norm, attention/{query,key}_norm,
+    post_attention_norm and post_mlp_norm. Matrices are [in, out] with variance 1/in, divided by 2 num_layers where they
+    write to the residual stream; embeddings have standard deviation 0.02; norms are neutral and biases 0.
     """
     return nnx.to_pure_dict(nnx.split(Decoder(config, key, dtype))[1])
 
@@ -217,45 +77,141 @@ def _merge_layer(config: DecoderConfig, params: Params) -> Layer:
     return nnx.merge(_layer_graph(config), nnx.State(params))
 
 
-def attention_mask(segment: Array, prefix: Array) -> Array:
-    """bool [R,T,T]: token i may read j iff j <= i, segment[j] > 0 and segment[j] is segment[i] or prefix[i]."""
-    columns = jnp.arange(segment.shape[-1])
-    causal = columns[None, :] <= columns[:, None]
-    other = segment[:, None, :]
-    related = (other == segment[:, :, None]) | (other == prefix[:, :, None])
-    return causal[None] & (other > 0) & related
+def _check_adapters(params: Params, adapters: Params | None) -> None:
+    """ConfigError, naming the path, for an adapter without a matrix."""
+    def walk(tree, found, path):
+        for name, below in tree.items():
+            here = f"{path}/{name}"
+            other = found.get(name) if isinstance(found, dict) else None
+            if isinstance(other, dict):
+                walk(below, other, here)
+            elif other is None or other.ndim != 3 or set(below) != {"a", "b"}:
+                what = "no such matrix" if other is None else sorted(below)
+                raise ConfigError(f"adapters: {here}: found {what}, allowed: {{'a', 'b'}} at a path of a matrix of "
+                                  "this model")
+    if adapters is not None:
+        walk(adapters, params["layers"], "layers")
+
+
+def _embed(config: DecoderConfig, params: Params, tokens: Array, position: Array) -> Array:
+    """[R,T,D]: token embeddings, with learned positions (NaN beyond their table: it must show) or scaled."""
+    x = jnp.take(params["embedding"], tokens, axis=0)
+    if config.positions == "learned":
+        x = x + jnp.take(params["positions"], position, axis=0)
+    if config.scale_embedding:
+        x = x * jnp.asarray(config.hidden_size ** 0.5, x.dtype)
+    return x
+
+
+def _views(config: DecoderConfig, position: Array, mask: Array, dist: Array | None, dtype) -> dict[int, View]:
+    """Window -> what layers with that window see; one entry for most families. dist: [R,T,S], None where unneeded."""
+    views = {}
+    for window in sorted(set(config.layer_windows)):
+        cos = sin = None
+        if config.positions == "rope":
+            cos, sin = angles(config, position, dtype, local=window > 0)
+        bias = alibi_bias(config.num_heads, dist, dtype) if config.positions == "alibi" else None
+        views[window] = View(cos, sin, mask & (dist < window) if window else mask, bias)
+    return views
+
+
+def _needs_distance(config: DecoderConfig) -> bool:
+    return bool(config.windows) or config.positions == "alibi"
+
+
+@functools.lru_cache(maxsize=64)
+def _runs(windows: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """The layers as runs (first layer, period p, repeats n): n times the same p windows, one body of p layers each.
+
+    The choice compiles the fewest layers: either runs of equal windows, or one period and a rest of runs.
+    """
+    def equal(start):
+        out = []
+        for number in range(start, len(windows)):
+            if out and windows[number] == windows[number - 1]:
+                out[-1] = (out[-1][0], 1, out[-1][2] + 1)
+            else:
+                out.append((number, 1, 1))
+        return out
+
+    options = [equal(0)]
+    for period in range(2, len(windows) // 2 + 1):
+        repeats = next((n for n in range(1, len(windows) // period)
+                        if windows[n * period:(n + 1) * period] != windows[:period]), len(windows) // period)
+        if repeats > 1:
+            options.append([(0, period, repeats), *equal(period * repeats)])
+    return tuple(min(options, key=lambda runs: sum(period for _, period, _ in runs)))
+
+
+def _part(tree: Any, start: int, period: int, repeats: int) -> Any:
+    """Layers start .. start + period*repeats of stacked leaves, as [repeats, period, ...] ([repeats, ...] at 1)."""
+    def cut(leaf):
+        leaf = leaf if leaf.shape[0] == repeats * period else leaf[start:start + period * repeats]
+        return leaf if period == 1 else leaf.reshape(repeats, period, *leaf.shape[1:])
+    return jax.tree.map(cut, tree)
+
+
+def _layer(tree: Any, number: int) -> Any:
+    """One layer of stacked leaves."""
+    return jax.tree.map(lambda leaf: leaf[number], tree)
 
 
 def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array, prefix: Array, position: Array, *,
-            remat: str = "none", unroll: int = 1) -> Array:
+            adapters: Params | None = None, remat: str = "none", unroll: int = 1) -> Array:
     """Hidden states after the final norm, [R,T,D] in the parameters' dtype, of int32 grids [R,T].
 
-    Layers run in a `lax.scan`. remat: `none` keeps every intermediate; `full` keeps only each layer's input; `dots`
-    also keeps the results of weight products. unroll: layers per turn of the loop; on CPUs a loop of tiny layers costs
-    more than its body, and unroll = num_layers leaves no loop. Attention follows attention_mask; where segment is 0 the
-    result is finite and means nothing. Memory of attention is R * num_heads * T^2. Raises ConfigError for an unknown
-    remat.
+    Attention follows attention_mask, and in layers with a window w also 0 <= position - position' < w; where segment
+    is 0 the result is finite and means nothing. Memory of attention is R * num_heads * T^2.
+    adapters: None, or a nested dict that mirrors params["layers"] and holds adapted matrices only, each leaf as
+    {"a": [layers, in, r], "b": [layers, r, out]}: the projection becomes x W + (x a) b, any scaling being part of b.
+    Layers run in a `lax.scan` (over blocks of p layers where windows repeat with period p). remat: `none` keeps every
+    intermediate; `full` keeps only each layer's input; `dots` also keeps the results of weight products. unroll: layers
+    per turn of the loop; on CPUs a loop of tiny layers costs more than its body, and unroll = num_layers leaves no
+    loop. Raises ConfigError for an unknown remat or an adapter without a matrix.
     """
     if remat not in REMAT:
         raise ConfigError(f"forward(remat=): found {remat!r}, allowed: {', '.join(REMAT)}")
-    x = jnp.take(params["embedding"], tokens, axis=0)
-    cos, sin = _rotary(config, position, x.dtype)
-    mask = attention_mask(segment, prefix)
+    _check_adapters(params, adapters)
+    x = _embed(config, params, tokens, position)
+    dist = distance(position, position) if _needs_distance(config) else None
+    views = _views(config, position, attention_mask(segment, prefix), dist, x.dtype)
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
 
-    def body(x, layer_params):
-        return _merge_layer(config, layer_params)(x, cos, sin, mask)[0], None
-
-    if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    def apply(window: int, looped: bool):
+        run = lambda x, stacked: _merge_layer(config, stacked[0])(x, views[window], stacked[1])[0]
         # Inside a scan the compiler cannot merge the recomputation with the first pass, so the guard is not needed.
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, params["layers"], unroll=min(unroll, config.num_layers))
-    return _rms_norm(x, params["norm"], config.rms_norm_eps)
+        return run if remat == "none" else jax.checkpoint(run, policy=policy, prevent_cse=not looped)
+
+    stacked = (params["layers"], adapters)
+    for start, period, repeats in _runs(config.layer_windows):
+        part = _part(stacked, start, period, repeats)
+        windows = config.layer_windows[start:start + period]
+
+        def body(x, block, windows=windows, looped=repeats > 1):
+            if len(windows) == 1:
+                return apply(windows[0], looped)(x, block), None
+            for number, window in enumerate(windows):
+                x = apply(window, looped)(x, _layer(block, number))
+            return x, None
+
+        if repeats == 1:
+            x, _ = body(x, _layer(part, 0))
+        else:
+            x, _ = jax.lax.scan(body, x, part, unroll=min(max(unroll // period, 1), repeats))
+    return normalise(config, x, params["norm"], params.get("norm_bias"))
 
 
 def head(config: DecoderConfig, params: Params) -> Head:
-    """The output head: the embedding itself where tied (gradients then flow into both uses), else params["head"]."""
-    return Head(weight=params["embedding"] if config.tie_embeddings else params["head"], bias=None, softcap=None)
+    """The output head: the embedding itself where tied (gradients then flow into both uses), else params["head"].
+
+    With norm_head its rows are divided by their length (at least 1e-12; Baichuan 2, arXiv 2309.10305), in the graph, so
+    that gradients are those of the normalised matrix."""
+    weight = params["embedding"] if config.tie_embeddings else params["head"]
+    if config.norm_head:
+        wide = weight.astype(full_dtype(weight.dtype))
+        square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+        weight = (wide * jax.lax.rsqrt(jnp.maximum(square, _NORM_HEAD_EPS ** 2))).astype(weight.dtype)
+    return Head(weight=weight, bias=None, softcap=config.final_softcap)
 
 
 def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
@@ -263,13 +219,16 @@ def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
 
     Training never calls this: it goes through the chunked head, which does not keep a vocabulary axis.
     """
-    weight = head(config, params).weight
+    out = head(config, params)
     # The precisions of the chunked head, so that a sampler and the trainer agree: exact products of bfloat16, no
     # reduced-precision shortcut for float32 where the device has one.
-    narrow = hidden.dtype.itemsize < 4 and weight.dtype.itemsize < 4
+    narrow = hidden.dtype.itemsize < 4 and out.weight.dtype.itemsize < 4
     precision = jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
-    full = _full(jnp.promote_types(hidden.dtype, weight.dtype))
-    return jnp.einsum("...d,vd->...v", hidden, weight, precision=precision, preferred_element_type=full)
+    full = full_dtype(jnp.promote_types(hidden.dtype, out.weight.dtype))
+    raw = jnp.einsum("...d,vd->...v", hidden, out.weight, precision=precision, preferred_element_type=full)
+    if out.bias is not None:
+        raw = raw + widen(out.bias.astype(full), raw.ndim)
+    return raw if out.softcap is None else out.softcap * jnp.tanh(raw / out.softcap)
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype=jnp.float32) -> list[LayerCache]:
@@ -278,7 +237,7 @@ def init_cache(config: DecoderConfig, batch: int, length: int, dtype=jnp.float32
     return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
 
 
-def extend_cache(cache: list[LayerCache], *, repeats: int = 1, length: int | None = None) -> list[LayerCache]:
+def extend_cache(cache: Sequence[LayerCache], *, repeats: int = 1, length: int | None = None) -> list[LayerCache]:
     """A cache whose row b appears `repeats` times in a row (b*repeats + k) and whose slot axis is zero-padded to
     `length`: K completions continue from one prefill. Raises ConfigError where length is shorter than the cache."""
     slots = cache[0].key.shape[1]
@@ -289,25 +248,32 @@ def extend_cache(cache: list[LayerCache], *, repeats: int = 1, length: int | Non
     return [LayerCache(grow(layer.key), grow(layer.value)) for layer in cache]
 
 
-def decode_step(config: DecoderConfig, params: Params, tokens: Array, position: Array, cache: list[LayerCache],
-                cache_index, key_valid: Array) -> tuple[Array, list[LayerCache]]:
+def decode_step(config: DecoderConfig, params: Params, tokens: Array, position: Array, cache: Sequence[LayerCache],
+                cache_index, key_valid: Array, *, adapters: Params | None = None) -> tuple[Array, list[LayerCache]]:
     """Runs Q new tokens against a cache: (hidden [B,Q,D] after the final norm, the cache with them written).
 
     tokens, position: int32 [B,Q]. cache: init_cache of S slots; the new tokens take slots cache_index ..
     cache_index+Q-1, which the caller keeps within S (a traced index cannot be checked). key_valid: bool [B,S], False
-    for slots that hold padding; query q reads the valid slots at or before its own. Layers are unrolled.
+    for slots that hold padding; query q reads the valid slots at or before its own. Where windows or ALiBi need the
+    distance of two tokens it is the number of valid slots between them, so rows hold one sequence without gaps in its
+    positions. adapters: as in forward. Layers are unrolled.
     """
     slots = key_valid.shape[-1]
     if len(cache) != config.num_layers or cache[0].key.shape[1] != slots:
         raise ConfigError(f"decode_step(cache=): found {len(cache)} layers of {cache[0].key.shape[1]} slots, allowed: "
                           f"{config.num_layers} layers of {slots} slots (the length of key_valid)")
-    x = jnp.take(params["embedding"], tokens, axis=0)
-    cos, sin = _rotary(config, position, x.dtype)
+    _check_adapters(params, adapters)
+    x = _embed(config, params, tokens, position)
     own = cache_index + jnp.arange(tokens.shape[1])
     mask = key_valid[:, None, :] & (jnp.arange(slots)[None, :] <= own[:, None])[None]
+    dist = None
+    if _needs_distance(config):
+        count = jnp.cumsum(key_valid, axis=1, dtype=jnp.int32)
+        dist = distance(jax.lax.dynamic_slice_in_dim(count, cache_index, tokens.shape[1], axis=1), count)
+    views = _views(config, position, mask, dist, x.dtype)
     new = []
-    for number, layer_cache in enumerate(cache):
-        layer = _merge_layer(config, jax.tree.map(lambda a, number=number: a[number], params["layers"]))
-        x, layer_cache = layer(x, cos, sin, mask, layer_cache, cache_index)
+    for number, (window, layer_cache) in enumerate(zip(config.layer_windows, cache, strict=True)):
+        layer = _merge_layer(config, _layer(params["layers"], number))
+        x, layer_cache = layer(x, views[window], _layer(adapters, number), layer_cache, cache_index)
         new.append(layer_cache)
-    return _rms_norm(x, params["norm"], config.rms_norm_eps), new
+    return normalise(config, x, params["norm"], params.get("norm_bias")), new
