@@ -42,6 +42,7 @@ class Context:
     seed: int
     console: Console
     stop: Stop
+    rules: sharding.Rules = sharding.DEFAULT_RULES
 
     def stage_dir(self, stage: str) -> pathlib.Path:
         """The folder of a stage: parameters, pairs, samples, done.json."""
@@ -53,7 +54,7 @@ class Context:
 
     def place(self, params: Any) -> Any:
         """Puts parameters on the mesh by the sharding rules, as copies that nobody else holds."""
-        return jax.tree.map(jnp.copy, jax.device_put(params, sharding.param_shardings(params, self.mesh)))
+        return jax.tree.map(jnp.copy, jax.device_put(params, sharding.param_shardings(params, self.mesh, self.rules)))
 
 
 class Stop:
@@ -101,15 +102,28 @@ def stage_params(workdir: pathlib.Path, stage: str, initial: Any) -> Any:
     if stage == "model":
         return {"model": initial["model"]}
     folder = workdir / "stages" / stage
-    settings_file = folder / "adapters.json"
-    if not settings_file.exists():
+    if (settings := stage_adapters(workdir, stage)) is None:
         return checkpoint.load_tree(folder / "params", {"model": initial["model"]})
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    base = stage_params(workdir, settings.pop("base"), initial)
-    settings["targets"] = tuple(settings["targets"])
-    config = models.AdapterConfig(**settings)
-    like = jax.eval_shape(lambda: models.init_adapters(base["model"], config, jax.random.key(0)))
-    return {"model": models.merge(base["model"], checkpoint.load_tree(folder / "adapters", like), config)}
+    config, base = settings
+    start = stage_params(workdir, base, initial)["model"]
+    like = jax.eval_shape(lambda: models.init_adapters(start, config, jax.random.key(0)))
+    return {"model": models.merge(start, checkpoint.load_tree(folder / "adapters", like), config)}
+
+
+def stage_adapters(workdir: pathlib.Path, stage: str) -> tuple[models.AdapterConfig, str] | None:
+    """The settings of the adapters that a stage trained, and the stage that they sit on; None where it has none."""
+    file = workdir / "stages" / stage / "adapters.json"
+    if not file.exists():
+        return None
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    base = settings.pop("base")
+    return models.AdapterConfig(**settings | {"targets": tuple(settings["targets"])}), base
+
+
+def adapters_like(config: models.DecoderConfig, adapters: models.AdapterConfig) -> Any:
+    """The tree of jax.ShapeDtypeStruct of a stage's stored adapters."""
+    return jax.eval_shape(lambda: models.init_adapters(models.init_params(config, jax.random.key(0)), adapters,
+                                                       jax.random.key(0)))
 
 
 def finished_stages(workdir: pathlib.Path, stages: Sequence[str]) -> list[str]:
@@ -126,26 +140,44 @@ def model_folder(model_path: str) -> pathlib.Path:
 
 
 def load_model(model: dict, *, vocab_size: int, seed: int) -> tuple[ModelSpec, Any]:
-    """Decoder and starting parameters from a model section (plain dict), in float32.
+    """Decoder and starting parameters from a model section (plain dict), in the section's `dtype`.
 
     `path` is a Hugging Face folder, the name of one on the Hub, a folder of `alignax convert --to-native`, or empty for
     random parameters. Raises ConfigError for a folder that is missing or a model that alignax does not know.
     """
-    extra = dict(remat=model["remat"], byte_budget=int(model["head_megabytes"] * 1e6), unroll=model["unroll"])
+    dtype = model.get("dtype", "float32")
     if model["path"]:
         path = model_folder(model["path"])
         if (path / models.NATIVE).is_dir():
             config = models.read_config(path)
             like = {"model": models.abstract_params(config)}
-            params = jax.tree.map(jnp.asarray, checkpoint.load_tree(path / models.NATIVE, like)["model"])
+            stored = checkpoint.load_tree(path / models.NATIVE, like)["model"]
+            params = jax.tree.map(lambda a: jnp.asarray(a, dtype), stored)
         else:
-            config, params = models.load(path)
+            config, params = models.load(path, dtype)
     else:
-        shape = {k: v for k, v in model.items() if k not in ("path", "remat", "head_megabytes", "unroll")}
-        shape["vocab_size"] = shape["vocab_size"] or vocab_size
-        config = models.DecoderConfig(**shape)
-        params = models.init_params(config, jax.random.key(seed))
-    return ModelSpec(config, **extra), {"model": params}
+        config = shape_of(model, vocab_size)
+        params = models.init_params(config, jax.random.key(seed), dtype)
+    return model_spec(config, model), {"model": params}
+
+
+def shape_of(model: dict, vocab_size: int) -> models.DecoderConfig:
+    """The decoder of a model section, read without its weights: config.json of `path`, or the section's numbers."""
+    if model["path"]:
+        try:
+            return models.read_config(models.resolve(model["path"], weights=False))
+        except ConfigError as error:
+            raise ConfigError(f"config.model.path={error}") from error
+    shape = {k: v for k, v in model.items()
+             if k not in ("path", "remat", "head_megabytes", "unroll", "dtype")}
+    shape["vocab_size"] = shape["vocab_size"] or vocab_size
+    return models.DecoderConfig(**shape)
+
+
+def model_spec(config: models.DecoderConfig, model: dict, devices: int = 1) -> ModelSpec:
+    """What a forward pass needs besides parameters, from a model section; the logits' budget is that of one device."""
+    return ModelSpec(config, remat=model["remat"], byte_budget=int(model["head_megabytes"] * 1e6) * devices,
+                     unroll=model["unroll"])
 
 
 def load_tokenizer(name: str, model_path: str) -> data.Tokenizer:

@@ -122,3 +122,22 @@ def test_an_unknown_target_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match="attention/quary"):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_stage_is_exported_merged_and_as_adapters(finished, tmp_path, capsys):
+    """`alignax convert` writes the merged model and the adapters alone; the two say the same."""
+    from alignax import cli
+    from alignax.models import peft_files
+
+    _, folder, _ = finished
+    assert cli.main(["convert", "--run", str(folder), "--to-hf", str(tmp_path / "merged")]) == 0
+    assert cli.main(["convert", "--run", str(folder), "--stage", "sft", "--to-hf", str(tmp_path / "base")]) == 0
+    assert cli.main(["convert", "--run", str(folder), "--to-peft", str(tmp_path / "adapter")]) == 0
+    config, base = models.load(tmp_path / "base")
+    settings, tree = peft_files.load_peft(tmp_path / "adapter", config)
+    merged = models.merge(base, tree, settings)
+    for a, b in zip(jax.tree.leaves(models.load(tmp_path / "merged")[1]), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    capsys.readouterr()
+    assert cli.main(["convert", "--run", str(folder), "--stage", "sft", "--to-peft", str(tmp_path / "none")]) == 2
+    assert "has no adapters" in capsys.readouterr().err

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 EXAMPLES = """examples:
   alignax convert --run runs/dpo --to-hf exported --dtype bfloat16
   alignax convert --run runs/dpo --stage sft --to-hf exported --max-shard-size 2GB
+  alignax convert --run runs/lora --to-peft adapter
   alignax convert --model organisation/name@revision --to-native models/name
   alignax convert --model models/name --to-hf back
 
 A Hugging Face folder is config.json, safetensors weights, tokenizer, chat template and generation settings: what
 transformers and --config.model.path load. A native folder holds the same files with the weights in the layout of
 the decoder (params/, an orbax checkpoint), which starts faster; --config.model.path and --model take it too.
+A stage that trained adapters is written with them merged (--to-hf, --to-native), or as the adapters alone in the
+layout of peft (--to-peft).
 
 memory: no accelerator is used. A Hugging Face folder is read and written tensor by tensor: the host holds the model
 once, in the chosen type, and one or two tensors. orbax takes up to twice the model to read a run or a native folder,
@@ -45,6 +48,7 @@ def add(commands) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--to-hf", metavar="OUT", help="write a Hugging Face folder")
     target.add_argument("--to-native", metavar="OUT", help="write a native folder")
+    target.add_argument("--to-peft", metavar="OUT", help="with --run: write a stage's adapters for peft")
     parser.add_argument("--dtype", choices=("stored", "float32", "bfloat16", "float16"), default="stored",
                         help="type of the weights (default: as stored)")
     parser.add_argument("--max-shard-size", metavar="SIZE", default=DEFAULT_SHARD,
@@ -81,9 +85,11 @@ def run(arguments, console) -> int:
     from alignax.types import ConfigError
 
     limit = parse_size(arguments.max_shard_size)
-    out = pathlib.Path(arguments.to_hf or arguments.to_native)
+    out = pathlib.Path(arguments.to_hf or arguments.to_native or arguments.to_peft)
     if arguments.model and arguments.stage:
         raise ConfigError(f"--stage={arguments.stage}: goes with --run, not with --model")
+    if arguments.to_peft:
+        return _adapters(arguments, console)
     if arguments.to_native and arguments.max_shard_size != DEFAULT_SHARD:
         raise ConfigError(f"--max-shard-size={arguments.max_shard_size}: goes with --to-hf, not with --to-native")
     models.check_target(out, overwrite=arguments.overwrite)  # before a long read, not after it
@@ -163,9 +169,44 @@ def _restore(folder: pathlib.Path, config, dtype: str):
     return checkpoint.load_tree(folder, like)["model"]
 
 
-def _stage_source(arguments, scratch: pathlib.Path) -> _Source:
-    """A finished train stage of a run; `scratch` takes the tokenizer and settings where no folder holds them."""
-    from alignax import context, data, models
+def _adapters(arguments, console) -> int:
+    """--to-peft: the adapters of a stage, which are small, without reading the base."""
+    from alignax import checkpoint, context
+    from alignax.models import peft_files
+    from alignax.types import ConfigError
+
+    out = pathlib.Path(arguments.to_peft)
+    if not arguments.run:
+        raise ConfigError(f"--to-peft={out}: goes with --run; a model has no adapters of its own")
+    if out.exists() and not arguments.overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--to-peft={out}: found something there already, allowed: a new or an empty folder")
+    folder, stored, stage = _finished(arguments)
+    section = stored["model"]
+    settings = context.stage_adapters(folder, stage)
+    if settings is None:
+        raise ConfigError(f"--stage={stage}: it trained all parameters and has no adapters; use --to-hf")
+    config = _shape(section, context.load_tokenizer(stored["tokenizer"], section["path"]).vocab_size)
+    tree = checkpoint.load_tree(folder / "stages" / stage / "adapters", context.adapters_like(config, settings[0]))
+    base = section["path"] if settings[1] == "model" else f"{folder} (stage {settings[1]}, exported by alignax convert)"
+    peft_files.save_peft(out, config, settings[0], tree, base_model_name=base)
+    console.print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}, adapters of {folder} (stage {stage})",
+                  markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _shape(section: dict, vocab_size: int):
+    """The decoder's shape of a run's model section."""
+    from alignax import context, models
+
+    if section["path"]:
+        return models.read_config(context.model_folder(section["path"]))
+    shape = {k: v for k, v in section.items() if k in models.DecoderConfig.__dataclass_fields__}
+    return models.DecoderConfig(**shape | {"vocab_size": section["vocab_size"] or vocab_size})
+
+
+def _finished(arguments) -> tuple[pathlib.Path, dict, str]:
+    """The folder of a run, its config, and the finished train stage that is meant."""
+    from alignax import context
     from alignax.types import ConfigError
 
     folder = pathlib.Path(arguments.run)
@@ -175,20 +216,32 @@ def _stage_source(arguments, scratch: pathlib.Path) -> _Source:
     if not {"model", "tokenizer", "text", "stages"} <= stored.keys():
         raise ConfigError(f"--run={folder}: its config.json is not that of a run; allowed here: the folder of "
                           "`alignax train` (a model's folder goes with --model)")
-    finished = [s for s in stored["stages"] if (folder / "stages" / s / "params").is_dir()]
+    finished = context.finished_stages(folder, stored["stages"])
     stage = arguments.stage or (finished[-1] if finished else "")
     if stage not in finished:
         raise ConfigError(f"--stage={stage or '(none)'}: no parameters; finished train stages: "
                           f"{', '.join(finished) or 'none'}")
+    return folder, stored, stage
+
+
+def _stage_source(arguments, scratch: pathlib.Path) -> _Source:
+    """A finished train stage of a run; `scratch` takes the tokenizer and settings where no folder holds them."""
+    import jax
+
+    from alignax import context, data
+
+    folder, stored, stage = _finished(arguments)
     section, name = stored["model"], stored["tokenizer"]
     tokenizer = context.load_tokenizer(name, section["path"])
-    if section["path"]:
-        config = models.read_config(context.model_folder(section["path"]))
-    else:
-        shape = {k: v for k, v in section.items() if k in models.DecoderConfig.__dataclass_fields__}
-        config = models.DecoderConfig(**shape | {"vocab_size": section["vocab_size"] or tokenizer.vocab_size})
+    config = _shape(section, tokenizer.vocab_size)
     data.check_vocab(tokenizer, config.vocab_size)
-    params = _restore(folder / "stages" / stage / "params", config, arguments.dtype)
+    if context.stage_adapters(folder, stage) is None:
+        params = _restore(folder / "stages" / stage / "params", config, arguments.dtype)
+    else:
+        _, initial = context.load_model(section, vocab_size=tokenizer.vocab_size, seed=stored["seed"])
+        params = context.stage_params(folder, stage, initial)["model"]
+        if arguments.dtype != "stored":
+            params = jax.tree.map(lambda leaf: leaf.astype(arguments.dtype), params)
     if section["path"] and not name:
         settings = context.model_folder(section["path"])
     else:
