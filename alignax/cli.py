@@ -7,10 +7,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from alignax.commands import generate, methods, train
+from alignax.commands import chat, convert, data, evaluate, generate, methods, train
 
 EXIT_ERROR = 2
-COMMANDS = (train, generate, methods)
+COMMANDS = (train, generate, chat, evaluate, methods, convert, data)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch.compilation_cache()
         if overrides and not hasattr(arguments, "config"):
             raise ConfigError(f"--config.{overrides[0]}: `alignax {arguments.command}` takes no config to override")
-        arguments.overrides = overrides
+        arguments.overrides, arguments.argv = overrides, argv
         return arguments.execute(arguments, console)
     except (ConfigError, DataError) as error:
         problems.print("[bold red]error:[/] ", end="")

@@ -1,12 +1,18 @@
 """Decoding rules and the sampler: what is sampled, what is recorded about it, and what it does not depend on."""
 
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
-from alignax import models
+from alignax import data, models, step
 from alignax.ops.head import head_stats
 from alignax.rollout import apply_temperature, generate, sampler, top_p_filter
 from alignax.types import ConfigError, DataError
@@ -101,7 +107,8 @@ def test_decoding_rules_are_float32_and_refuse_impossible_settings():
 
 def test_shapes_and_dtypes(samples):
     kinds = [(a.dtype.name, a.shape) for a in samples]
-    assert kinds == [("int32", (3, 3, 6)), ("bool", (3, 3, 6)), *[("float32", (3, 3, 6))] * 3, ("bool", (3, 3))]
+    assert kinds == [("int32", (3, 3, 6)), ("bool", (3, 3, 6)), *[("float32", (3, 3, 6))] * 3, ("int8", (3, 3))]
+    assert samples.finished.dtype == bool and samples.finished.shape == (3, 3)
 
 
 def test_an_end_token_is_counted_and_stops_its_row(samples):
@@ -154,6 +161,18 @@ def test_a_completion_does_not_depend_on_its_neighbours(params, key, samples):
     np.testing.assert_array_equal(wider.tokens, samples.tokens)
 
 
+def test_a_place_in_the_batch_changes_no_bit(params, key):
+    settings = SETTINGS | dict(top_k=8, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.1)
+    first = jax.device_get(generate(CONFIG, params, PROMPTS, MASK, IDS, key, **settings))
+    order = np.array([1, 2, 0])
+    moved = jax.device_get(generate(CONFIG, params, PROMPTS[order], MASK[order], IDS[order], key, **settings))
+    others = jax.device_get(generate(CONFIG, params, PROMPTS[[0, 2, 2]], MASK[[0, 2, 2]],
+                                     np.array([71, 1, 2], np.uint32), key, **settings))
+    for name, a, b, c in zip(first._fields, first, moved, others, strict=True):
+        np.testing.assert_array_equal(a[order], b, err_msg=name)
+        np.testing.assert_array_equal(a[0], c[0], err_msg=name)
+
+
 def test_the_id_the_sample_and_the_seed_each_matter(params, key, samples):
     same_prompt = generate(CONFIG, params, PROMPTS[[1, 1, 1]], MASK[[1, 1, 1]], IDS, key, **SETTINGS)
     rows = {tuple(row) for row in np.asarray(same_prompt.tokens).reshape(-1, 6)}
@@ -194,17 +213,18 @@ def test_greedy_is_the_argmax_of_the_training_pass(params, key):
 
 def test_the_loop_stops_when_every_row_has_ended(params, key, monkeypatch):
     steps = []
-    original = sampler.decoder.decode_step
+    original = models.decode_step
 
-    def counting(config, params, tokens, *rest):
+    def counting(config, params, tokens, *rest, **more):
         if tokens.shape[1] == 1:
             jax.debug.callback(lambda _: steps.append(1), tokens)
-        return original(config, params, tokens, *rest)
+        return original(config, params, tokens, *rest, **more)
 
-    monkeypatch.setattr(sampler.decoder, "decode_step", counting)
-    run = lambda ids, n: (steps.clear(), jax.block_until_ready(sampler._generate.__wrapped__(
+    monkeypatch.setattr(sampler.models, "decode_step", counting)
+    monkeypatch.setattr(sampler, "_generate", sampler._generate.__wrapped__)
+    run = lambda ids, n: (steps.clear(), jax.block_until_ready(generate(
         CONFIG, params, jnp.asarray(PROMPTS), jnp.asarray(MASK), jnp.asarray(IDS), key, num_samples=2,
-        max_new_tokens=n, temperature=1.0, top_p=1.0, eos_ids=ids, pad_id=0)), jax.effects_barrier())[1]
+        max_new_tokens=n, eos_ids=ids)), jax.effects_barrier())[1]
     out = run(tuple(range(11)), 9)
     assert len(steps) == 0 and out.mask.sum() == 6 and out.finished.all()
     run((), 9)
@@ -219,6 +239,50 @@ def test_equal_settings_compile_once(params, key):
     for seed in (1, 2):
         generate(CONFIG, params, PROMPTS, MASK, IDS, jax.random.key(seed), **{**SETTINGS, "eos_ids": [7, 3, 3]})
     assert sampler._generate._cache_size() == before
+
+
+def test_the_trainer_scores_the_samples_as_the_sampler_did(params, samples):
+    """Through the update's own forward pass, on the sampled ids in each layout of the data."""
+    wanted, spec = ("token_logps", "logps"), step.ModelSpec(CONFIG)
+    compute = jax.jit(lambda params, batch: step.compute(spec, {"model": params}, None, batch, wanted))
+    records = [data.token_record(str(i), PROMPTS[i][MASK[i]].tolist(),
+                                 [samples.tokens[i, k][samples.mask[i, k]].tolist() for k in range(3)], eos_ids=EOS)
+               for i in range(3)]
+    for fill in (data.padded, data.shared_prefix):
+        batch = fill(records, K=3, T=24, L=8, pad_id=0)
+        batch = jax.tree.map(jnp.asarray, batch)
+        scored = compute(params, batch)
+        token_logps = np.asarray(scored["token_logps"])[..., :6]
+        np.testing.assert_allclose(np.where(samples.mask, token_logps, 0), samples.logps, atol=1e-4)
+        np.testing.assert_allclose(scored["logps"], samples.logps.sum(-1), atol=1e-4)
+
+
+def test_capped_logits_and_windows_agree_with_the_trainer(params, key):
+    config = dataclasses.replace(CONFIG, final_softcap=2.0, attention_softcap=3.0, windows=(2, 0))
+    out = jax.device_get(generate(config, params, PROMPTS, MASK, IDS, key, **SETTINGS))
+    records = [data.token_record(str(i), PROMPTS[i][MASK[i]].tolist(),
+                                 [out.tokens[i, k][out.mask[i, k]].tolist() for k in range(3)], eos_ids=EOS)
+               for i in range(3)]
+    batch = jax.tree.map(jnp.asarray, data.padded(records, K=3, T=24, L=8, pad_id=0))
+    scored = step.compute(step.ModelSpec(config), {"model": params}, None, batch, ("token_logps",))["token_logps"]
+    np.testing.assert_allclose(np.where(out.mask, scored[..., :6], 0), out.logps, atol=1e-4)
+    assert out.logps.min() > -4 - np.log(11)  # logits lie in [-2, 2]
+
+
+def test_adapters_sample_as_the_merged_parameters_do(params, key):
+    draw = lambda shape, n: jax.random.normal(jax.random.key(n), shape) * 0.5
+    adapters = {"attention": {"query": {"a": draw((2, 16, 2), 1), "b": draw((2, 2, 16), 2)}},
+                "mlp": {"down": {"a": draw((2, 24, 3), 3), "b": draw((2, 3, 16), 4)}}}
+    layers = jax.tree.map(lambda a: a, params["layers"])
+    for block, name in (("attention", "query"), ("mlp", "down")):
+        leaf = adapters[block][name]
+        layers[block][name] = layers[block][name] + leaf["a"] @ leaf["b"]
+    out = generate(CONFIG, params, PROMPTS, MASK, IDS, key, adapters=adapters, **SETTINGS)
+    merged = generate(CONFIG, params | {"layers": layers}, PROMPTS, MASK, IDS, key, **SETTINGS)
+    plain = generate(CONFIG, params, PROMPTS, MASK, IDS, key, **SETTINGS)
+    np.testing.assert_array_equal(out.tokens, merged.tokens)
+    np.testing.assert_allclose(out.logps, merged.logps, atol=1e-4)
+    assert (np.asarray(out.tokens) != np.asarray(plain.tokens)).any()
 
 
 def test_bfloat16_parameters_keep_float32_records(params, key):
@@ -251,3 +315,47 @@ def test_settings_out_of_range_are_refused(params, key, change, words):
 def test_arrays_of_the_wrong_kind_are_refused(params, key, prompts, mask, ids, words):
     with pytest.raises(DataError, match=words):
         generate(CONFIG, params, prompts, mask, ids, key, **SETTINGS)
+
+
+EIGHT = """
+import jax, numpy as np
+from alignax import models, sharding
+from alignax.rollout import generate, stop_table
+from alignax.sources import rollout
+from jax.sharding import NamedSharding, PartitionSpec
+assert jax.device_count() == 8
+config = models.DecoderConfig(vocab_size=16, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=4,
+                              num_kv_heads=2, head_dim=4, tie_embeddings=False, max_positions=32)
+params = models.init_params(config, jax.random.key(1))
+params |= {"embedding": params["embedding"] * 25, "head": params["head"] * 15}
+rng = np.random.default_rng(0)
+prompts = [rng.integers(0, 16, size=n).astype(np.int32) for n in (3, 1, 5, 4, 2, 2)]
+settings = dict(num_samples=2, max_new_tokens=7, eos_ids=(3, 7), pad_id=0, batch_size=6, temperature=0.9, top_k=12,
+                top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.1,
+                stops=stop_table(["ab", "cc"], [bytes([97 + i % 4]) for i in range(16)], 16))
+one = rollout(config, params, prompts, range(6), jax.random.key(0), **settings)
+assert len(set(one.reason.ravel().tolist())) == 3
+for sizes in (dict(data=2, fsdp=2, tensor=2), dict(data=8)):
+    mesh = sharding.make_mesh(sizes)
+    placed = jax.device_put({"model": params}, sharding.param_shardings({"model": params}, mesh))["model"]
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    many = rollout(config, placed, prompts, range(6), jax.random.key(0), rows=rows, **settings)
+    np.testing.assert_array_equal(one.reason, many.reason)
+    for name in ("tokens", "token_logps", "behaviour_logps", "kept_mass"):
+        for a, b in zip(sum(getattr(one, name), []), sum(getattr(many, name), []), strict=True):
+            np.testing.assert_allclose(a, b, atol=0 if name == "tokens" else 1e-5, err_msg=name)
+    grid = jax.device_put(np.ones((8, 4), np.int32), rows)
+    out = generate(config, placed, grid, jax.device_put(np.ones((8, 4), bool), rows),
+                   jax.device_put(np.arange(8, dtype=np.uint32), rows), jax.random.key(0), max_new_tokens=3)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    assert out.tokens.sharding.shard_shape(out.tokens.shape)[0] == 8 // ways, out.tokens.sharding
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_sample_what_one_does(tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, timeout=600,
+                          cwd=pathlib.Path(__file__).resolve().parents[1])
+    assert done.returncode == 0 and done.stdout.split() == ["same"], done.stderr[-3000:]

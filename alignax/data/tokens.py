@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ class TextPolicy:
         return len(ids) > 0 and int(ids[-1]) in self.eos_ids
 
 
+Span = tuple[int, int]
+
+
+def _inside(spec: Any) -> Any:
+    """A copy of a tokenizer specification for a piece inside a text: what is added at its very beginning is not."""
+    if isinstance(spec, list):
+        return [_inside(part) for part in spec]
+    if not isinstance(spec, dict):
+        return spec
+    out = {key: _inside(value) for key, value in spec.items()}
+    return out | {"prepend_scheme": "never"} if out.get("prepend_scheme") == "first" else out
+
+
 def _without_prefix(spec: Any) -> Any:
     """A copy of a tokenizer specification that adds no leading space to a text (for text that continues another)."""
     if isinstance(spec, list):
@@ -104,8 +118,17 @@ class Tokenizer:
         core.no_truncation()
         self._core, self._next = core, _continuation(core)
         core.encode_special_tokens = self._next.encode_special_tokens = not special_in_text
+        self._pieces: dict[str, tokenizers.Tokenizer] = {}
+        added = core.get_added_tokens_decoder()
+        self._special = {str(token.content): token for token in added.values() if token.special}
+        self._special_ids = {str(token.content): id for id, token in added.items() if token.special}
         unknown = getattr(core.model, "unk_token", None)
         self.unk_id: int | None = None if unknown is None else core.token_to_id(unknown)
+
+    @property
+    def core(self) -> tokenizers.Tokenizer:
+        """The wrapped tokenizer, for what reads its vocabulary or its decoder; not to be changed."""
+        return self._core
 
     @property
     def vocab_size(self) -> int:
@@ -142,6 +165,88 @@ class Tokenizer:
         if joint[:len(head)] == head:
             return head, joint[len(head):], False
         return head, self.encode_completion(completion), True
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling and id of every special token."""
+        return dict(self._special_ids)
+
+    def token(self, id: int) -> str:
+        """The spelling of one id; raises ConfigError where the vocabulary has none."""
+        found = self._core.id_to_token(int(id))
+        if found is None:
+            raise ConfigError(f"id {id} is not in the vocabulary of {self.vocab_size}")
+        return found
+
+    def _piece_core(self, kind: str) -> tokenizers.Tokenizer:
+        """Copies of the tokenizer whose offsets are exact, made when first needed: encoding templates needs them.
+
+        kinds: `special` (special tokens in the text become ids), `text` (they are text), `inside` (text behind a
+        special token), `next_special` and `next_text` (of a piece that continues another).
+        """
+        if kind not in self._pieces:
+            spec = json.loads((self._next if kind.startswith("next") else self._core).to_str())
+            spec["post_processor"] = None  # byte-level ones trim the spaces off the offsets
+            if kind == "inside":
+                spec |= {key: _inside(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
+            core = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            core.encode_special_tokens = not kind.endswith("special")
+            self._pieces[kind] = core
+        return self._pieces[kind]
+
+    def find_special(self, text: str, literal: Sequence[Span] = (), more: Sequence[str] = ()) -> list[tuple[Span, str]]:
+        """((start, end), spelling) of the special tokens in a text, leftmost and longest, outside of `literal` spans.
+
+        more: further spellings to look for.
+        """
+        names = sorted({*self._special, *more}, key=len, reverse=True)
+        if not names:
+            return []
+        pattern, found, at = re.compile("|".join(map(re.escape, names))), [], 0
+        while match := pattern.search(text, at):
+            start, end = match.span()
+            if any(a < end and start < b for a, b in literal):
+                at = start + 1
+                continue
+            found.append(((start, end), match.group()))
+            at = end
+        return found
+
+    def encode_rendered(self, text: str, literal: Sequence[Span] = (), *, opens: bool = True
+                        ) -> tuple[list[int], list[Span]]:
+        """(ids, offsets) of text that a template wrote: special tokens become ids except inside `literal` spans.
+
+        literal: spans of `text` in which the spelling of a special token came from the data and stays text. opens:
+        whether the text begins a sequence (else no leading-space piece is invented for it). Without literal spans
+        the whole text is one call of the library; with them the pieces between special tokens are encoded one by one
+        as the library would.
+        """
+        if not literal:
+            encoding = self._piece_core("special" if opens else "next_special").encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+        ids: list[int] = []
+        offsets: list[Span] = []
+
+        def plain(start: int, end: int) -> None:
+            if start < end:
+                kind = "next_text" if not opens else "text" if start == 0 else "inside"
+                encoding = self._piece_core(kind).encode(text[start:end], add_special_tokens=False)
+                ids.extend(encoding.ids)
+                offsets.extend((start + a, start + b) for a, b in encoding.offsets)
+
+        at = 0
+        for (start, end), name in self.find_special(text, literal):
+            token, before = self._special[name], start
+            while token.lstrip and before > at and text[before - 1].isspace():
+                before -= 1
+            while token.rstrip and end < len(text) and text[end].isspace():
+                end += 1
+            plain(at, before)
+            ids.append(self._special_ids[name])
+            offsets.append((before, end))
+            at = end
+        plain(at, len(text))
+        return ids, offsets
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ids that open a sequence; special tokens are left out unless `skip_special` is False."""

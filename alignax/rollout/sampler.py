@@ -1,33 +1,43 @@
 """Sampling completions: one jitted program that prefills each prompt once and continues it K times.
 
-A completion is a function of (parameters, its prompt, seed, prompt id, sample index) and of the static settings; it
-does not depend on its neighbours, on its place in the batch, or on how many samples are drawn beside it, up to the
-rounding with which the backend multiplies matrices of another batch size.
+A completion is a function of (parameters, its prompt, seed, prompt id, sample index) and of the settings; it does not
+depend on its neighbours, on its place in the batch, or on how many samples are drawn beside it: bit for bit where the
+shapes are the same, else up to the rounding with which the backend multiplies matrices of another size.
+
+Under a mesh the program is the same: prompts cut over devices along B keep everything with a row axis cut that way,
+caches included, and parameters stay as they are cut.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from alignax.models import decoder
-from alignax.rollout import decoding
-from alignax.types import Array, ConfigError, DataError
+from alignax import models
+from alignax.rollout import checks, decoding
+from alignax.types import Array, ConfigError
+
+CUT, ENDED, STOPPED = 0, 1, 2
+REASONS = ("cut at the limit", "end token", "stop string")
 
 
 class Samples(NamedTuple):
     """K completions of B prompts, N slots each.
 
     tokens: int32 [B,K,N], pad_id after the end. mask: bool [B,K,N], the sampled slots, the end token included.
-    logps: float32 [B,K,N] under the policy itself (temperature 1, whole vocabulary). behaviour_logps: float32 [B,K,N]
-    under the distribution that was sampled (tempered, renormalised over the kept set). kept_mass: float32 [B,K,N], the
-    kept set's mass under the tempered distribution. Greedy decoding is the limit of temperature 0: a point mass, so
-    behaviour_logps is 0 and kept_mass 1. Outside the mask: logps and behaviour_logps 0, kept_mass 1.
-    finished: bool [B,K], whether an end token was sampled within N.
+    logps: float32 [B,K,N] under the policy itself (temperature 1, whole vocabulary, no penalties). behaviour_logps:
+    float32 [B,K,N] under the distribution that was sampled (bias, penalties, temperature, renormalised over the kept
+    set). kept_mass: float32 [B,K,N], the kept set's mass under the distribution after bias, penalties and temperature.
+    Greedy decoding is the limit of temperature 0: a point mass, so behaviour_logps is 0 and kept_mass 1. Outside the
+    mask: logps and behaviour_logps 0, kept_mass 1.
+    reason: int8 [B,K], why a completion ended: CUT 0 (it did not within N), ENDED 1 by an end token, STOPPED 2 by the
+    token that completes a stop string. finished: bool [B,K], whether it ended at all.
     """
 
     tokens: Array
@@ -35,147 +45,264 @@ class Samples(NamedTuple):
     logps: Array
     behaviour_logps: Array
     kept_mass: Array
-    finished: Array
+    reason: Array
+
+    @property
+    def finished(self) -> Array:
+        """bool [B,K]: an end token or a stop string was sampled within N."""
+        return self.reason > CUT
 
 
-def _draw(keys, logits, temperature: float, top_p: float):
+class _Plan(NamedTuple):
+    """What one compiled program is made for; hashable. `rows`: how the row axis is cut over devices, or None."""
+
+    config: models.DecoderConfig
+    num_samples: int
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    rows: NamedSharding | None
+
+
+class _Inputs(NamedTuple):
+    """What its values depend on beside the prompts. stops: int32 [S,V] or None."""
+
+    params: Any
+    adapters: Any
+    rules: decoding.Rules
+    stops: Any
+
+
+class _State(NamedTuple):
+    """Between two steps, with M = B*K rows: slots before `step` are sampled, and the token at step - 1 is not in the
+    cache yet. What a program does not need is None."""
+
+    step: Array
+    keys: Array
+    lengths: Array
+    key_valid: Array
+    cache: list[models.LayerCache]
+    out: Samples
+    seen: Array | None
+    counts: Array | None
+    stop: Array | None
+
+
+def _pick(table: Array, token: Array) -> Array:
+    return jnp.take_along_axis(table, token[:, None], axis=-1)[:, 0]
+
+
+def _draw(keys, logits, rules: decoding.Rules, **history):
     """One token per row of logits [M,V]: (token int32 [M], logp, behaviour_logp, kept_mass, float32 [M] each)."""
     logits = logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
-    pick = lambda table, token: jnp.take_along_axis(table, token[:, None], axis=-1)[:, 0]
-    if temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logp = pick(jax.nn.log_softmax(logits), token)
-        return token, logp, jnp.zeros_like(logp), jnp.ones_like(logp)
-    kept, mass = decoding.top_p_filter(decoding.apply_temperature(logits, temperature), top_p)
+    policy = jax.nn.log_softmax(logits)
+    logits = decoding.shape(rules, logits, **history)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    zero = jnp.zeros(best.shape, logits.dtype)
+    if rules.greedy == "all":
+        return best, _pick(policy, best), zero, zero + 1
+    temperature, greedy = rules.temperature, None
+    if rules.greedy == "some":
+        greedy, temperature = temperature == 0, jnp.where(temperature == 0, 1, temperature)
+    kept, mass = decoding.truncate(rules, decoding.apply_temperature(logits, temperature))
     # A key per row, not one key for the batch: the row's draw then ignores the rest of the batch.
     token = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
-    return token, pick(jax.nn.log_softmax(logits), token), pick(jax.nn.log_softmax(kept), token), mass
+    if greedy is not None:
+        token = jnp.where(greedy[:, 0], best, token)
+    behaviour = _pick(jax.nn.log_softmax(kept), token)
+    if greedy is not None:
+        behaviour, mass = jnp.where(greedy[:, 0], zero, behaviour), jnp.where(greedy[:, 0], zero + 1, mass)
+    return token, _pick(policy, token), behaviour, mass
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_samples", "max_new_tokens", "temperature", "top_p",
-                                             "eos_ids", "pad_id"))
-def _generate(config, params, prompts, prompt_mask, prompt_ids, seed_key, *, num_samples, max_new_tokens, temperature,
-              top_p, eos_ids, pad_id) -> Samples:
+def _pin(plan: _Plan, tree):
+    """Keeps the leading axis of every leaf cut over devices as the prompts are; nothing on one device."""
+    if plan.rows is None:
+        return tree
+    free = PartitionSpec.UNCONSTRAINED
+    along = lambda leaf: NamedSharding(plan.rows.mesh, PartitionSpec(plan.rows.spec[0], *[free] * (leaf.ndim - 1)))
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, along(leaf)), tree)
+
+
+def _first(plan: _Plan, inputs: _Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> _State:
+    """Runs the prompts and samples slot 0."""
+    config, count, new = plan.config, plan.num_samples, plan.max_new_tokens
     batch, width = prompts.shape
-    rows, slots = batch * num_samples, width + max_new_tokens
-    dtype = params["embedding"].dtype
+    rows = batch * count
+    repeat = lambda a: jnp.repeat(a, count, axis=0)
 
     per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(seed_key, prompt_ids)
     per_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
-        per_prompt, jnp.arange(num_samples, dtype=jnp.uint32))
+        per_prompt, jnp.arange(count, dtype=jnp.uint32))
     keys = per_sample.reshape(rows, *per_sample.shape[2:])
 
-    lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
     position = jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0)
-    hidden, cache = decoder.decode_step(config, params, prompts, position,
-                                        decoder.init_cache(config, batch, width, dtype), 0, prompt_mask)
+    cache = _pin(plan, models.init_cache(config, batch, width, inputs.params["embedding"].dtype))
+    hidden, cache = models.decode_step(config, inputs.params, prompts, position, cache, 0, prompt_mask,
+                                       adapters=inputs.adapters)
     # The last token has no successor, so its key and value are never needed: width + N - 1 slots would do, but a round
     # length keeps one shape for all.
-    cache = decoder.extend_cache(cache, repeats=num_samples, length=slots)
-    hidden, lengths = jnp.repeat(hidden[:, -1], num_samples, axis=0), jnp.repeat(lengths, num_samples)
-    key_valid = jnp.concatenate([jnp.repeat(prompt_mask, num_samples, axis=0),
-                                 jnp.ones((rows, max_new_tokens), bool)], axis=1)
+    cache = models.extend_cache(cache, repeats=count, length=width + new)
+    key_valid = jnp.concatenate([repeat(prompt_mask), jnp.ones((rows, new), bool)], axis=1)
 
-    def sample(step, hidden, out: Samples) -> Samples:
-        """Draws slot `step` of every unfinished row and records it."""
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        drawn = _draw(step_keys, decoder.logits(config, params, hidden), temperature, top_p)
-        live = ~out.finished
-        ends = jnp.zeros((rows,), bool)
-        for number in eos_ids:
-            ends |= drawn[0] == number
-        empty = (pad_id, 0.0, 0.0, 1.0)
-        token, *stats = (jnp.where(live, new, jnp.asarray(old, new.dtype))
-                         for new, old in zip(drawn, empty, strict=True))
-        write = lambda table, column: table.at[:, step].set(column.astype(table.dtype))
-        stats = (write(table, column) for table, column in zip(out[2:5], stats, strict=True))
-        return Samples(write(out.tokens, token), write(out.mask, live), *stats, out.finished | (live & ends))
+    full = lambda value, kind: jnp.full((rows, new), value, kind)
+    out = Samples(full(plan.pad_id, jnp.int32), full(False, bool), full(0, jnp.float32), full(0, jnp.float32),
+                  full(1, jnp.float32), jnp.full((rows,), CUT, jnp.int8))
+    seen = counts = stop = None
+    if inputs.rules.repetition_penalty is not None:
+        seen = jnp.zeros((batch, config.vocab_size), bool)
+        seen = repeat(seen.at[jnp.arange(batch)[:, None], prompts].max(prompt_mask))
+    if inputs.rules.presence_penalty is not None or inputs.rules.frequency_penalty is not None:
+        counts = jnp.zeros((rows, config.vocab_size), jnp.int32)
+    if inputs.stops is not None:
+        stop = jnp.zeros((rows,), jnp.int32)
+    state = _State(jnp.int32(0), keys, repeat(jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)), key_valid, cache, out,
+                   seen, counts, stop)
+    return _sample(plan, inputs, state, repeat(hidden[:, -1]))
 
-    full = lambda value, kind: jnp.full((rows, max_new_tokens), value, kind)
-    out = Samples(full(pad_id, jnp.int32), full(False, bool), full(0, jnp.float32), full(0, jnp.float32),
-                  full(1, jnp.float32), jnp.zeros((rows,), bool))
-    out = sample(jnp.int32(0), hidden, out)
 
-    def running(carry):
-        step, _, out = carry
-        return (step < max_new_tokens) & ~jnp.all(out.finished)
+def _sample(plan: _Plan, inputs: _Inputs, state: _State, hidden) -> _State:
+    """Draws slot `step` of every row that has not ended from its hidden state [M,D], and records it."""
+    step, out, rules = state.step, state.out, inputs.rules
+    rows = out.reason.shape[0]
+    if rules.temperature is not None and jnp.ndim(rules.temperature) == 1:
+        per_row = jnp.repeat(rules.temperature, plan.num_samples)[:, None]
+        rules = dataclasses.replace(rules, temperature=per_row)
+    token, *stats = _draw(jax.vmap(jax.random.fold_in, (0, None))(state.keys, step),
+                          models.logits(plan.config, inputs.params, hidden), rules, seen=state.seen,
+                          counts=state.counts, eos_ids=plan.eos_ids,
+                          held=None if rules.min_new_tokens is None else step < rules.min_new_tokens)
+    live = out.reason == CUT
+    # A comparison, not a scatter: it stays on the device that holds the row.
+    drawn = None
+    if state.seen is not None or state.counts is not None:
+        drawn = token[:, None] == jnp.arange(plan.config.vocab_size)[None, :]
+    stop = None if state.stop is None else inputs.stops[state.stop, token]
+    ends = jnp.zeros((rows,), bool)
+    for number in plan.eos_ids:
+        ends |= token == number
+    why = jnp.full((rows,), CUT, jnp.int8)
+    if stop is not None:
+        why = jnp.where(stop == inputs.stops.shape[0] - 1, jnp.int8(STOPPED), why)
+    why = jnp.where(ends, jnp.int8(ENDED), why)
 
-    def advance(carry):
-        step, cache, out = carry
+    token, *stats = (jnp.where(live, new, jnp.asarray(old, new.dtype))
+                     for new, old in zip((token, *stats), (plan.pad_id, 0.0, 0.0, 1.0), strict=True))
+    write = lambda table, column: table.at[:, step].set(column.astype(table.dtype))
+    stats = (write(table, column) for table, column in zip(out[2:5], stats, strict=True))
+    out = Samples(write(out.tokens, token), write(out.mask, live), *stats, jnp.where(live, why, out.reason))
+    new = state._replace(
+        step=step + 1, out=out, stop=stop, seen=None if state.seen is None else state.seen | drawn,
+        counts=None if state.counts is None else state.counts + drawn.astype(jnp.int32))
+    return new._replace(**_pin(plan, {name: getattr(new, name) for name in _State._fields if name != "step"}))
+
+
+def _more(plan: _Plan, inputs: _Inputs, state: _State, until) -> _State:
+    """Samples on until slot `until` is reached or every row has ended."""
+    width = state.key_valid.shape[1] - plan.max_new_tokens
+
+    def advance(state: _State) -> _State:
         # Finished rows decode padding beside the others; nothing they compute is recorded.
-        token = jax.lax.dynamic_slice_in_dim(out.tokens, step - 1, 1, axis=1)
-        hidden, cache = decoder.decode_step(config, params, token, (lengths + step - 1)[:, None], cache,
-                                            width + step - 1, key_valid)
-        return step + 1, cache, sample(step, hidden[:, 0], out)
+        last = state.step - 1
+        token = jax.lax.dynamic_slice_in_dim(state.out.tokens, last, 1, axis=1)
+        hidden, cache = models.decode_step(plan.config, inputs.params, token, (state.lengths + last)[:, None],
+                                           state.cache, width + last, state.key_valid, adapters=inputs.adapters)
+        return _sample(plan, inputs, state._replace(cache=cache), hidden[:, 0])
 
-    out = jax.lax.while_loop(running, advance, (jnp.int32(1), cache, out))[2]
-    return Samples(*(a.reshape(batch, num_samples, *a.shape[1:]) for a in out))
-
-
-def _is_zero(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
+    return jax.lax.while_loop(lambda state: (state.step < until) & jnp.any(state.out.reason == CUT), advance, state)
 
 
-def _number(name: str, value, low: float, high: float, *, open_low: bool = False, also: str = "") -> float:
-    """value as a float in [low, high] (open below where asked), or ConfigError; `also` names what else is allowed."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not (low < value if open_low else low <= value) or not value <= high:
-        also = f"{also} or " if also else ""
-        raise ConfigError(f"generate({name}=): found {value!r}, allowed: {also}a Python number in "
-                          f"{'(' if open_low else '['}{low}, {high}]")
-    return float(value)
+def _shaped(plan: _Plan, out: Samples) -> Samples:
+    return Samples(*(a.reshape(-1, plan.num_samples, *a.shape[1:]) for a in out))
 
 
-def _check_arrays(prompts, prompt_mask, prompt_ids) -> None:
-    """Shapes and dtypes always; that prompts are left-padded only where the mask's values are at hand."""
-    for name, array, kind, shape in (("prompts", prompts, jnp.int32, None),
-                                     ("prompt_mask", prompt_mask, jnp.bool_, prompts.shape),
-                                     ("prompt_ids", prompt_ids, jnp.uint32, prompts.shape[:1])):
-        rank_fits = array.ndim == 2 and array.shape[1] > 0 if shape is None else array.shape == shape
-        if array.dtype != kind or not rank_fits:
-            raise DataError(f"generate: {name}: found {array.dtype} {array.shape}, allowed: {jnp.dtype(kind).name} "
-                            f"{'[B, P] with P >= 1' if shape is None else shape}")
-    if isinstance(prompt_mask, jax.core.Tracer) or not getattr(prompt_mask, "is_fully_addressable", True):
-        return
-    mask = np.asarray(jax.device_get(prompt_mask))
-    bad = np.flatnonzero(~mask[:, -1] | (mask[:, :-1] & ~mask[:, 1:]).any(axis=1))
-    if bad.size:
-        raise DataError(f"generate: prompt_mask row {bad[0]}: found {mask[bad[0]].astype(int).tolist()}, allowed: "
-                        "left-padded rows, zeros and then at least one 1")
+@functools.partial(jax.jit, static_argnums=0)
+def _generate(plan: _Plan, inputs: _Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> Samples:
+    state = _first(plan, inputs, prompts, prompt_mask, prompt_ids, seed_key)
+    return _shaped(plan, _more(plan, inputs, state, plan.max_new_tokens).out)
 
 
-def generate(config: decoder.DecoderConfig, params: decoder.Params, prompts: Array, prompt_mask: Array,
-             prompt_ids: Array, seed_key: Array, *, num_samples: int = 1, max_new_tokens: int = 32,
-             temperature: float = 1.0, top_p: float = 1.0, eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Samples:
-    """Samples K = num_samples completions of up to N = max_new_tokens tokens for each of B prompts.
+_start = functools.partial(jax.jit, static_argnums=0)(_first)
+_continue = functools.partial(jax.jit, static_argnums=0, donate_argnums=2)(_more)
 
-    prompts: int32 [B,P], left-padded; prompt_mask: bool [B,P], True on real tokens; prompt_ids: uint32 [B], stable
-    ids. Draw (b,k,n) uses the key fold_in(fold_in(fold_in(seed_key, prompt_ids[b]), k), n). temperature divides the
-    logits before top_p filters them; temperature 0 is greedy (top_p then changes nothing). A row ends with the first
-    token in eos_ids (counted in the mask); the loop stops once every row has ended. pad_id only fills tokens after
-    the end: it may equal an end token, since masks are explicit.
 
-    Compiled once per shape and set of keyword arguments (config included), which are static. Memory: each layer's
-    cache is B*K*(P+N) slots. Raises ConfigError for a setting out of range, also where P + N exceeds
-    config.max_positions; DataError for arrays of the wrong shape, dtype or padding side (the side only when the mask
-    is not traced).
-    """
-    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"generate({name}=): found {value!r}, allowed: an integer >= 1")
-    # Below 1e-6 a division would overflow float32 for ordinary logits; exactly 0 is greedy and divides nothing.
-    temperature = 0.0 if _is_zero(temperature) else _number("temperature", temperature, 1e-6, 1e6, also="0 (greedy)")
-    top_p = _number("top_p", top_p, 0.0, 1.0, open_low=True)
-    if isinstance(eos_ids, int):
-        raise ConfigError(f"generate(eos_ids=): found {eos_ids!r}, allowed: a tuple of token ids")
-    eos_ids = tuple(sorted({int(number) for number in eos_ids}))
-    for name, number in [("eos_ids", number) for number in eos_ids] + [("pad_id", pad_id)]:
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < config.vocab_size:
-            raise ConfigError(f"generate({name}=): found {number!r}, allowed: ids in 0 .. {config.vocab_size - 1}")
-    _check_arrays(prompts, prompt_mask, prompt_ids)
+def _prepare(config: models.DecoderConfig, params, prompts, prompt_mask, prompt_ids, *, num_samples: int = 1,
+             max_new_tokens: int = 32, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, epsilon=0.0,
+             repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bias=None, min_new_tokens=0,
+             eos_ids=(), stops=None, pad_id: int = 0, adapters=None) -> tuple[_Plan, _Inputs]:
+    """Checks the settings of generate and sorts them into what is compiled for and what is passed."""
+    checks.integer("num_samples", num_samples, 1)
+    checks.integer("max_new_tokens", max_new_tokens, 1)
+    eos_ids = checks.ids(config.vocab_size, eos_ids, pad_id)
+    rules = checks.rules(
+        vocab_size=config.vocab_size, batch=prompts.shape[0], max_new_tokens=max_new_tokens, eos_ids=eos_ids,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p, epsilon=epsilon,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        bias=bias, min_new_tokens=min_new_tokens)
+    checks.arrays(prompts, prompt_mask, prompt_ids)
     if prompts.shape[1] + max_new_tokens > config.max_positions:
         raise ConfigError(f"generate(max_new_tokens=): found {prompts.shape[1]} prompt columns + {max_new_tokens} new "
                           f"tokens, allowed: at most max_positions = {config.max_positions} together")
-    return _generate(config, params, prompts, prompt_mask, prompt_ids, seed_key, num_samples=num_samples,
-                     max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, eos_ids=eos_ids,
-                     pad_id=pad_id)
+    cut = None if isinstance(prompts, jax.core.Tracer) else getattr(prompts, "sharding", None)
+    if not isinstance(cut, NamedSharding) or cut.mesh.size == 1 or not cut.spec or cut.spec[0] is None:
+        cut = None
+    return (_Plan(config, num_samples, max_new_tokens, eos_ids, pad_id, cut),
+            _Inputs(params, adapters, rules, checks.stops(stops, config.vocab_size)))
+
+
+def generate(config: models.DecoderConfig, params: dict[str, Any], prompts: Array, prompt_mask: Array,
+             prompt_ids: Array, seed_key: Array, *, num_samples: int = 1, max_new_tokens: int = 32,
+             temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0, typical_p: Any = 1.0,
+             epsilon: Any = 0.0, repetition_penalty: Any = 1.0, presence_penalty: Any = 0.0,
+             frequency_penalty: Any = 0.0, bias: Array | None = None, min_new_tokens: Any = 0,
+             eos_ids: tuple[int, ...] = (), stops: Array | None = None, pad_id: int = 0,
+             adapters: Any = None) -> Samples:
+    """Samples K = num_samples completions of up to N = max_new_tokens tokens for each of B prompts.
+
+    prompts: int32 [B,P], left-padded; prompt_mask: bool [B,P], True on real tokens; prompt_ids: uint32 [B], stable
+    ids. Draw (b,k,n) uses the key fold_in(fold_in(fold_in(seed_key, prompt_ids[b]), k), n). adapters: low-rank
+    adapters as models.decode_step takes them.
+
+    Rules, applied in this order (see alignax.rollout.decoding; the value that switches one off in brackets): bias [V]
+    (None; token_bias makes one), repetition_penalty (1) over prompt and completion, presence_penalty and
+    frequency_penalty (0) over the completion, min_new_tokens (0) before which no end token comes, temperature, top_k
+    (0), top_p (1), min_p (0), typical_p (1), epsilon (0). temperature 0 is greedy, and truncation then changes nothing;
+    an array [B] gives each prompt its own.
+
+    A row ends with the first token in eos_ids, or with the token that completes a stop string (`stops`, int32 [S,V]
+    from stop_table; only the completion's text is searched, and text beyond the string in that token stays); both
+    count in the mask, and the loop stops once every row has ended. pad_id only fills tokens after the end: it may
+    equal an end token, since masks are explicit.
+
+    Compiled once per shape, config, num_samples, max_new_tokens, eos_ids, pad_id and set of rules that are on; their
+    values are traced (and may be traced scalars of the caller's, which are then on and unchecked). Memory: each
+    layer's cache is B*K*(P+N) slots; penalties keep a table [B*K,V]. prompts that are cut over a mesh along B keep all
+    of that cut. Raises ConfigError for a setting out of range, also where P + N exceeds config.max_positions;
+    DataError for arrays of the wrong shape, dtype or padding side (the side only when the mask is not traced).
+    """
+    plan, inputs = _prepare(
+        config, params, prompts, prompt_mask, prompt_ids, num_samples=num_samples, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p, epsilon=epsilon,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        bias=bias, min_new_tokens=min_new_tokens, eos_ids=eos_ids, stops=stops, pad_id=pad_id, adapters=adapters)
+    return _generate(plan, inputs, prompts, prompt_mask, prompt_ids, seed_key)
+
+
+def stream(config: models.DecoderConfig, params: dict[str, Any], prompts: Array, prompt_mask: Array,
+           prompt_ids: Array, seed_key: Array, *, chunk: int = 8, **settings) -> Iterator[Samples]:
+    """The completions of `generate` (which says what the arguments are) while they grow: yields what there is after
+    every `chunk` tokens, and last the whole: the same tokens, and log-probs equal to rounding, since its two programs
+    are compiled apart. Costs a pause of the device per chunk."""
+    checks.integer("chunk", chunk, 1)
+    plan, inputs = _prepare(config, params, prompts, prompt_mask, prompt_ids, **settings)
+    return _chunks(plan, inputs, (prompts, prompt_mask, prompt_ids, seed_key), chunk)
+
+
+def _chunks(plan: _Plan, inputs: _Inputs, arrays, chunk: int) -> Iterator[Samples]:
+    state = _start(plan, inputs, *arrays)
+    for until in (*range(chunk, plan.max_new_tokens, chunk), plan.max_new_tokens):
+        state = _continue(plan, inputs, state, until)
+        out = _shaped(plan, jax.tree.map(jnp.copy, state.out))  # the state's own buffers go to the next chunk
+        yield out
+        if bool(out.finished.all()):
+            return
