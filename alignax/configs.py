@@ -12,7 +12,11 @@ from ml_collections import ConfigDict
 
 from alignax import losses
 from alignax.data import LAYOUT_NAMES
+from alignax.models import REMAT
+from alignax.sharding import DEFAULT_RULES, check_rules
 from alignax.types import REQUESTS, ConfigError
+
+DTYPES = ("float32", "bfloat16")
 
 
 def loss_section(name: str, **hyper) -> ConfigDict:
@@ -22,8 +26,11 @@ def loss_section(name: str, **hyper) -> ConfigDict:
 
 
 def optim_section(**over) -> ConfigDict:
-    """The optimiser: optax's name, learning rate, schedule, warm-up, clipping, and `options` in optax's words."""
-    section = ConfigDict(dict(name="adamw", learning_rate=1e-4, schedule="constant", warmup_steps=0, clip_norm=1.0))
+    """The optimiser: optax's name, learning rate, schedule, warm-up, clipping, and `options` in optax's words.
+
+    master: float32 master weights in the optimiser's state, for parameters held in bfloat16 (model.dtype)."""
+    section = ConfigDict(dict(name="adamw", learning_rate=1e-4, schedule="constant", warmup_steps=0, clip_norm=1.0,
+                              master=False))
     section.options = ConfigDict(over.pop("options", {}))
     section.update(over)
     return section
@@ -95,21 +102,29 @@ def evaluate_stage(**over) -> ConfigDict:
 
 
 def base(**over) -> ConfigDict:
-    """The run's own keys, with an empty list of stages."""
+    """The run's own keys, with an empty list of stages.
+
+    mesh: sizes of the axes (data 0: the devices that are left) and `rules`, ordered (regex, axes) pairs that cut
+    parameters, reference and optimiser state; the first regex found in a leaf's path wins.
+    """
     config = ConfigDict(dict(seed=0, stages=(), tokenizer="", deterministic=False, profile_steps=(0, 0)))
     config.model = model_section()
-    config.mesh = ConfigDict(dict(data=0, fsdp=1, tensor=1))
+    config.mesh = ConfigDict(dict(data=0, fsdp=1, tensor=1, rules=DEFAULT_RULES))
     config.text = ConfigDict(dict(add_bos=True, eos_id=-1))
     config.update(over)
     return config
 
 
 def model_section(**over) -> ConfigDict:
-    """A decoder: `path` to a Hugging Face folder, or a shape for random parameters (vocab_size 0: the tokenizer's)."""
+    """A decoder: `path` to a Hugging Face folder, or a shape for random parameters (vocab_size 0: the tokenizer's).
+
+    dtype: float32 or bfloat16, in which parameters are held and layers computed; log-probs and losses are float32.
+    remat: one of models.REMAT. head_megabytes: logits alive at once on one device.
+    """
     section = ConfigDict(dict(
         path="", vocab_size=0, hidden_size=96, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2,
         head_dim=24, rope_theta=10000.0, rms_norm_eps=1e-5, tie_embeddings=True, max_positions=512, remat="none",
-        head_megabytes=64, unroll=1))
+        head_megabytes=64, unroll=1, dtype="float32"))
     section.update(over)
     return section
 
@@ -124,7 +139,10 @@ def check(config: ConfigDict) -> None:
     idle = {k for k, v in config.items() if isinstance(v, ConfigDict) and v.get("kind") in _TEMPLATES}
     _check_keys(config, set(base()) | set(stages) | idle, "config")
     _check_keys(config.model, set(model_section()), "config.model")
-    _check_keys(config.mesh, {"data", "fsdp", "tensor"}, "config.mesh")
+    _check_keys(config.mesh, set(base().mesh), "config.mesh")
+    _one_of(config.model, "dtype", DTYPES, "config.model")
+    _one_of(config.model, "remat", REMAT, "config.model")
+    check_rules(config.mesh.rules, "config.mesh.rules")
     _check_keys(config.text, {"add_bos", "eos_id"}, "config.text")
     if not stages:
         raise ConfigError("config.stages is empty; it lists the stages of the run in order")
@@ -147,6 +165,9 @@ def check(config: ConfigDict) -> None:
                 raise ConfigError(f"{where}.policies names {policy!r}; allowed: {', '.join(stages[:index])}")
         if stage.kind == "train":
             _check_train(stage, where)
+            if stage.optim.master and config.model.dtype == "float32":
+                raise ConfigError(f"{where}.optim.master=True keeps float32 copies of narrower parameters, but "
+                                  "config.model.dtype='float32'; allowed: False, or model.dtype='bfloat16'")
 
 
 def _check_train(stage: ConfigDict, where: str) -> None:

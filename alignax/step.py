@@ -21,6 +21,7 @@ from alignax.models import DecoderConfig, forward, head, last_token_positions, s
 from alignax.models.adapters import AdapterConfig, scaled
 from alignax.ops.head import head_stats
 from alignax.ops.reductions import reduce_terms
+from alignax.optim import MasterState
 from alignax.types import REQUESTS, Batch, DataError, Stream
 
 _HEAD_STATS = {"logps": "logp", "token_logps": "logp", "entropy": "entropy", "log_sum_sq": "log_sum_sq"}
@@ -114,13 +115,14 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
             ref_hidden, ref_slots = jax.lax.stop_gradient(_slots(spec, ref_params, stream))
             ref = ref_slots, jax.lax.stop_gradient(head(spec.config, ref_params["model"]))
             if "prompt_embedding" in reference:
-                out["prompt_embedding"] = prompt_means(ref_hidden, stream)
+                out["prompt_embedding"] = prompt_means(ref_hidden, stream, batch.data["prompt_lengths"])
         if policy or heads:
             hidden, slots = _slots(spec, params, stream)
         if heads:
             last = gather_at(hidden, stream, *last_token_positions(stream))
             if "rewards" in heads:
-                out["rewards"] = jnp.where(stream.valid, scalar_head(params["reward_head"], last), 0.0)
+                exists = stream.valid & mask.any(-1)  # of others, no place in the rows is their own
+                out["rewards"] = jnp.where(exists, scalar_head(params["reward_head"], last), 0.0)
             if "degree_logits" in heads:
                 out["degree_logits"] = jax.vmap(scalar_head, (0, None), -1)(params["degree_head"], last)
         if policy:
@@ -150,6 +152,10 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
             out[name] = stream.valid
         elif name == "targets":
             out[name] = stream.targets
+        elif name == "ids":
+            out[name] = batch.ids
+        elif name == "diff" and name not in batch.data:
+            out[name] = edited(stream)
         elif name == "annotator" and name not in batch.data:
             out[name] = jnp.zeros(stream.row.shape[0], jnp.int32)
         elif provider == "data":
@@ -164,28 +170,18 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
     return out
 
 
-def prompt_means(hidden: jax.Array, stream: Stream) -> jax.Array:
-    """hidden [R,T,D] -> [B,D] in float32 or wider: the mean over the prompt's tokens, up to where slot 0 is predicted.
+def prompt_means(hidden: jax.Array, stream: Stream, lengths: jax.Array) -> jax.Array:
+    """hidden [R,T,D] -> [B,D] in float32 or wider: the mean over the prompt's tokens, 0 where it has none.
 
-    0 where the prompt has no token (told by a first slot that nothing predicts).
+    lengths: int [B], the prompts' tokens: in every layout the columns that end where slot 0 is predicted.
     """
     row, col = stream.row[:, 0, 0], stream.col[:, 0, 0]
-    groups, columns = stream.groups, hidden.shape[1]
-    per = (groups, row.shape[0] // groups)
-
-    def of_row(x):
-        cut = x.reshape((groups, x.shape[0] // groups) + x.shape[1:])
-        return jax.vmap(lambda one, r: one[r])(cut, row.reshape(per)).reshape(row.shape + x.shape[1:])
-
-    at = jnp.arange(columns)[None] == col[:, None]
-    prefix, segment = of_row(stream.prefix), of_row(stream.segment)
-    own = jnp.sum(jnp.where(at, prefix, 0), -1, keepdims=True)
-    # A row may hold several prompts, side by side with completions: a prompt's tokens open their own segment.
-    inside = (jnp.arange(columns)[None] <= col[:, None]) & (prefix == own) & (segment == own) & (own > 0)
-    inside &= stream.mask[:, 0, :1] | (col[:, None] > 0)
+    groups, columns = stream.groups, jnp.arange(hidden.shape[1])[None]
     wide = hidden.astype(jnp.promote_types(jnp.float32, hidden.dtype))
-    total = jnp.where(inside[..., None], of_row(wide), 0).sum(1)
-    return total / jnp.maximum(inside.sum(1), 1)[:, None]
+    grouped = wide.reshape((groups, wide.shape[0] // groups) + wide.shape[1:])
+    rows = jax.vmap(lambda one, r: one[r])(grouped, row.reshape(groups, -1)).reshape(row.shape + wide.shape[1:])
+    inside = (columns <= col[:, None]) & (columns > (col - lengths)[:, None])
+    return jnp.where(inside[..., None], rows, 0).sum(1) / jnp.maximum(lengths, 1)[:, None]
 
 
 def candidate_logps(slots: jax.Array, head, targets: jax.Array, logps: jax.Array, mask: jax.Array,
@@ -204,6 +200,29 @@ def candidate_logps(slots: jax.Array, head, targets: jax.Array, logps: jax.Array
     logits = logits / temperature
     normaliser = jnp.diagonal(logits, axis1=2, axis2=3) - logps
     return jnp.where(mask[..., :, None] & mask[..., None, :], logits - normaliser[..., None], 0.0)
+
+
+def edited(stream: Stream) -> jax.Array:
+    """bool [B,2,L]: the scored tokens of a pair between what both completions begin and end with.
+
+    A stretch that both could share counts for the beginning. Raises DataError where a prompt has not two completions.
+    """
+    targets, mask = stream.targets, stream.mask
+    if targets.shape[1] != 2:
+        raise DataError(f"diff: the batch has {targets.shape[1]} completions of a prompt; what was edited is told of 2")
+    count = mask.sum(-1)
+    # Scored tokens side by side, so that slots that are not scored do not shift the comparison.
+    order = jnp.argsort(~mask, axis=-1)
+    packed = jnp.take_along_axis(targets, order, -1)
+    place = jnp.arange(targets.shape[-1])[None]
+    both = count.min(-1, keepdims=True)
+    same = lambda a, b: (jnp.cumprod((a == b) & (place < both), -1)).sum(-1)
+    begin = same(packed[:, 0], packed[:, 1])
+    back = jnp.maximum(count[..., None] - 1 - place[None], 0)
+    backward = jnp.take_along_axis(packed, back, -1)
+    end = jnp.minimum(same(backward[:, 0], backward[:, 1]), both[:, 0] - begin)
+    rank = jnp.cumsum(mask, -1) - 1
+    return mask & (rank >= begin[:, None, None]) & (rank < (count - end[:, None])[..., None])
 
 
 def _stat(name: str) -> str:
@@ -313,16 +332,20 @@ def make_update(spec: ModelSpec, loss: Loss, optimizer: optax.GradientTransforma
             part, g = part_and_g
             _, pull = jax.vjp(lambda p: {n: v for n, v in compute(spec, frozen | p, ref_params, part,
                                                                   carried).items() if n in g}, params)
-            return jax.tree.map(jnp.add, total, pull(g)[0]), None
+            # The carry is the only buffer of gradients, and wide: a bfloat16 sum would lose the later parts.
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, pull(g)[0]), None
 
-        grads, _ = jax.lax.scan(second, jax.tree.map(jnp.zeros_like, params), (micro, cuts))
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.float32, p.dtype)), params)
+        grads, _ = jax.lax.scan(second, zeros, (micro, cuts))
         return scalar, grads, inputs, parts, out
 
     def update(state: TrainState, ref_params, batch: Batch, hyper, key, frozen=None):
         run = whole if accumulation == 1 else in_parts
         scalar, grads, inputs, parts, out = run(state.params, frozen or {}, ref_params, batch, hyper, key,
                                                 state.loss_state)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(jnp.float32, g.dtype)), grads))
+        if not isinstance(state.opt_state, MasterState):  # moments keep the dtype of their parameters
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         finite = jnp.isfinite(scalar) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_loss_state = getattr(out, "new_state", None)

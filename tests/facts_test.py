@@ -13,6 +13,7 @@ import pytest
 
 from alignax import losses
 from alignax.ops.reductions import reduce_terms
+from alignax.types import ConfigError
 
 S, R, N = jnp.array([[-10.0, -12.0]]), jnp.array([[-11.0, -11.5]]), jnp.array([[5.0, 8.0]])
 LW, LL, D = 1.0, -0.5, 1.5
@@ -78,7 +79,7 @@ GOLDEN = [
     ("cal_dpo", losses.cal_dpo(S, R, beta=0.1), sp(-D) + (LW - 5) ** 2 + (LL + 5) ** 2, 36.451413),
     ("discopop", losses.discopop(S, R, beta=0.1, tau=0.05),
      (1 - sig(3)) * sp(-0.15) + sig(3) * math.exp(-0.15), 0.849338),
-    ("npo", losses.npo(S, R, jnp.array([[1.0, 0.0]]), ALL), 2 / 0.1 * sp(0.1 * LL), 13.369193),
+    ("npo", losses.npo(S, R, jnp.array([[1.0, 0.0]]), ALL, N, retain_weight=0.0), 2 / 0.1 * sp(0.1 * LL), 13.369193),
 ]
 
 
@@ -109,6 +110,22 @@ def test_dpo_gradient_and_prompt_invariance():
 
 def value_of(result):
     return reduce_terms(result)[0]
+
+
+def test_odpo_offsets_and_what_has_none():
+    three = lambda scores, **k: losses.odpo(jnp.tile(S, (3, 1)), jnp.tile(R, (3, 1)), jnp.array(scores), **k)
+    mixed = three([[3.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
+    np.testing.assert_allclose(value(mixed), sp(-(0.15 - math.log(2))), rtol=1e-6)
+    assert mixed.metrics["dropped"] == (2, 3)
+    slope = jax.grad(lambda s: value_of(losses.odpo(s, R, jnp.array([[1.0, 1.0]]))))(S)
+    np.testing.assert_array_equal(slope, 0)
+    ratio = three([[6.0, 2.0], [6.0, -2.0], [2.0, 6.0]], offset="ratio")
+    np.testing.assert_allclose(value(ratio), sp(-(0.15 - math.log(6 / 2))), rtol=1e-6)
+    assert ratio.metrics["dropped"] == (2, 3)
+    # A difference below 1 makes the pair easier than in DPO.
+    assert value(losses.odpo(S, R, jnp.array([[1.5, 1.0]]))) < sp(-0.15)
+    with pytest.raises(ConfigError, match="'difference', 'ratio'"):
+        three([[3.0, 1.0]] * 3, offset="sum")
 
 
 def test_cdpo_gradient_vanishes_at_the_assumed_odds():
@@ -339,7 +356,7 @@ def test_apo_and_nca_gradients_at_the_reference():
     one_hot = jnp.array([[1.0, 0.0]])
     np.testing.assert_allclose(grad(lambda s: losses.nca(s, R, one_hot, ALL, beta=1.0)), [-1 / 4, 1 / 4], rtol=1e-6)
     # NPO at the reference is gradient ascent on the NLL: weight 1.
-    np.testing.assert_allclose(grad(lambda s: losses.npo(s, R, one_hot, ALL)), [0, 1], rtol=1e-6)
+    np.testing.assert_allclose(grad(lambda s: losses.npo(s, R, one_hot, ALL, N, retain_weight=0.0)), [0, 1], rtol=1e-6)
 
 
 def test_cousins_meet_where_they_should():

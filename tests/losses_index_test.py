@@ -1,5 +1,7 @@
 """The index: lookup, unknown names and keys, requests, and what a call refuses."""
 
+import csv
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +100,13 @@ def test_a_bad_method_cannot_enter_the_index():
 
 def test_running_state_starts_at_zero():
     assert losses.get("beta_dpo").init_state() == {"mean": 0, "std": 0}
+
+
+def test_the_catalogue_of_losses_is_covered(shared):
+    """Every loss of the two catalogues of offline losses, under its id or as variants of it."""
+    with (shared / "methods" / "ledger.csv").open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["catalogue"] in ("pairwise", "more")]
+    wanted = {r["id"] for r in rows if r["owner"] == "losses" and r["kind"] == "loss"}
+    stems = {name.split(":")[0] for name in losses.names()}
+    assert len(wanted) > 60
+    assert sorted(wanted - stems) == []

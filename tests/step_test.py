@@ -43,7 +43,9 @@ def other():
 
 
 def batch_of(rows, layout=data.padded):
-    return layout(rows, K=2, T=32, L=8, pad_id=0, extra={"mismatched": data.mismatched(rows)})
+    other = data.mismatched(rows)  # stands for every stream that is not the pairs
+    streams = ("mismatched", "aux_prompt", "reference_sample", "degraded")
+    return layout(rows, K=2, T=32, L=8, pad_id=0, extra=dict.fromkeys(streams, other))
 
 
 def with_head(params, loss):
@@ -51,6 +53,9 @@ def with_head(params, loss):
         head = models.init_scalar_head(jax.random.key(5), CONFIG.hidden_size)
         dtype = params["model"]["embedding"].dtype
         return params | {"reward_head": jax.tree.map(lambda a: a.astype(dtype), head)}
+    if "degree_logits" in loss.requests:
+        zeros = {"weight": jnp.zeros((2, CONFIG.hidden_size)), "bias": jnp.zeros(2)}
+        return params | {"degree_head": jax.tree.map(lambda a: a.astype(params["model"]["embedding"].dtype), zeros)}
     return params
 
 

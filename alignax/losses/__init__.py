@@ -36,26 +36,84 @@ from alignax.losses.anchored import (
     r_dpo,
     robust_dpo,
     rpo,
+    self_supervised_po,
     sft_dpo,
     wpo,
 )
-from alignax.losses.direct import alpha_po, asft, cpo, orpo, simpo, slic_hf
+from alignax.losses.direct import (
+    alpha_dpo,
+    alpha_po,
+    asft,
+    cpo,
+    mapo_margin,
+    orpo,
+    simper,
+    simpo,
+    slic_hf,
+    tpo_l,
+    tpo_triple,
+    typo,
+)
 from alignax.losses.info import MethodInfo
 from alignax.losses.inputs import sums
-from alignax.losses.pointwise import info_nca, kto, nca, npo
-from alignax.losses.reward import bt_rm
+from alignax.losses.listwise import aft, aft_ranking, exo_list, lipo, pro, rrhf
+from alignax.losses.margins import (
+    ilr_dpo,
+    lcpo,
+    rdpo_refined,
+    relative_po,
+    rso_hinge_norm,
+    sequential_po,
+    sr_dpo,
+    sr_ipo,
+)
+from alignax.losses.pointwise import apo_zero_unpaired, bco, info_nca, kto, nca, sppo, sppo_hard
+from alignax.losses.reward import bt_rm, bt_rm_list
+from alignax.losses.selective import conf_po, conf_po_dpo, dft, humanline, ld_dpo, sampo, span_dpo
+from alignax.losses.shaped import (
+    bpo_balanced,
+    c2_dpo,
+    chi_po,
+    dr_dpo,
+    focal_po,
+    gpo,
+    kto_pair,
+    minor_dpo,
+    mpo_mixed_loss,
+    rebel,
+    rpo_reward_aware,
+    squared_po,
+)
 from alignax.losses.supervised import sft
 from alignax.losses.tokenwise import tdpo, tdpo1
+from alignax.losses.trajectories import cpl, cpl_kl, d3po, prdp
+from alignax.losses.unlearning import (
+    grad_diff,
+    grad_diff_kl,
+    npo,
+    simnpo,
+    unlikelihood,
+    unlikelihood_sequence,
+    unlikelihood_token,
+)
 from alignax.types import REQUESTS, ConfigError, Terms
 
 _METHODS = (
     dpo, cdpo, robust_dpo, ipo, ln_dpo, odpo, h_dpo, dpo_shift, flex_dpo, sft_dpo, rpo, r_dpo, dpop, f_dpo, cal_dpo,
     apo_zero, apo_down, exo, discopop, wpo, aot, beta_dpo, plackett_luce,
-    sft,
-    simpo, alpha_po, orpo, asft, cpo, slic_hf,
-    kto, nca, info_nca, npo,
+    self_supervised_po,
+    rso_hinge_norm, ilr_dpo, rdpo_refined, sequential_po, sr_dpo, sr_ipo, lcpo, relative_po,
+    chi_po, squared_po, dr_dpo, c2_dpo, focal_po, minor_dpo, bpo_balanced, gpo, rpo_reward_aware, rebel, kto_pair,
+    mpo_mixed_loss,
+    ld_dpo, sampo, conf_po, conf_po_dpo, humanline, span_dpo,
+    sft, dft,
+    simpo, alpha_po, orpo, asft, cpo, slic_hf, typo, alpha_dpo, simper, mapo_margin, tpo_triple, tpo_l,
+    kto, nca, info_nca, apo_zero_unpaired, bco, sppo, sppo_hard,
+    exo_list, lipo, rrhf, pro, aft, aft_ranking,
     tdpo, tdpo1,
-    bt_rm,
+    cpl, cpl_kl, d3po, prdp,
+    npo, simnpo, grad_diff, grad_diff_kl, unlikelihood, unlikelihood_token, unlikelihood_sequence,
+    bt_rm, bt_rm_list,
 )  # fmt: skip
 
 

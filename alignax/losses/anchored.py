@@ -89,15 +89,25 @@ def ln_dpo(logps: Array, ref_logps: Array, lengths: Array, *, beta: Any = 5.0) -
 
 
 @method(id="odpo", system="DPO with an offset", arxiv="2402.10571", fidelity="official code", completions=2)
-def odpo(logps: Array, ref_logps: Array, scores: Array, *, beta: Any = 0.1, alpha: Any = 1.0) -> jax.Array:
-    """DPO with an offset: sp(-(beta D - alpha log(s_w - s_l))); no gradient into the scores.
+def odpo(logps: Array, ref_logps: Array, scores: Array, *, beta: Any = 0.1, alpha: Any = 1.0,
+         offset: str = "difference") -> Terms:
+    """DPO with an offset: sp(-(beta D - alpha f)), no gradient into the scores.
 
-    logps, ref_logps, scores: [B, 2]; returns [B]. Ties and inverted scores have no logarithm and give NaN: drop them
-    from the data. Source: arXiv 2402.10571, rycolab/odpo. Left out: the log-ratio-of-scores option.
+    offset (static): difference, f = log(s_w - s_l) (the official code); ratio, f = log(s_w / s_l), for positive
+    scores. logps, ref_logps, scores: [B, 2]. One term `loss` by pairs; pairs whose score order is a tie or inverted
+    (with ratio also those with s_l <= 0) have no offset: they have weight 0 and are counted in the metric `dropped`.
+    Source: arXiv 2402.10571, rycolab/odpo.
     """
+    if offset not in ("difference", "ratio"):
+        raise ConfigError(f"odpo: offset = {offset!r}; allowed: 'difference', 'ratio'")
     chosen, rejected = pair_log_ratios(logps, ref_logps)
     better, worse = pair("scores", jax.lax.stop_gradient(floats(scores)))
-    return links.logistic(beta * (chosen - rejected) - alpha * jnp.log(better - worse))
+    ratio = offset == "ratio"
+    kept = (better > worse) & (worse > 0) if ratio else better > worse
+    gap = better / jnp.where(kept, worse, 1) if ratio else better - worse
+    values = links.logistic(beta * (chosen - rejected) - alpha * jnp.log(jnp.where(kept, gap, 1)))
+    dropped = ((~kept).sum().astype(jnp.float32), jnp.float32(kept.size))
+    return Terms({"loss": Term(values, kept)}, metrics={"dropped": dropped})
 
 
 @method(id="h_dpo", system="H-DPO: entropy-controllable DPO", arxiv="2411.07595", fidelity="third-party code",
@@ -368,3 +378,24 @@ def plackett_luce(logps: Array, ref_logps: Array, valid: Array, *, beta: Any = 0
     remaining = at_or_after[None] & (valid[:, None, :] | jnp.eye(size, dtype=bool)[None])
     rest = jax.nn.logsumexp(jnp.broadcast_to(rewards[:, None, :], remaining.shape), axis=-1, where=remaining)
     return jnp.where(valid, rest - rewards, 0).sum(-1)
+
+
+@method(id="self_supervised_po", system="Self-supervised preference optimization with preference degree",
+        arxiv="2409.17791", fidelity="reconstruction", completions=2)
+def self_supervised_po(logps: Array, ref_logps: Array, degree_logits: Array, *, beta: Any = 0.1,
+                       gamma: Any = 0.1) -> Terms:
+    """DPO plus gamma times the cross-entropy of telling how much of an answer's key content was removed.
+
+    degree_logits: [B, N, C], a classifier's logits on N worsening versions of the answers (0: untouched), the
+    version's index being its class; N = C, or 2 N' where the chosen and the rejected answer have N' versions each.
+    logps, ref_logps: [B, 2]. Two terms: `dpo` by pairs, `degree` by sequences with scale gamma; the gradient of
+    `degree` reaches classifier and policy. Source: arXiv 2409.17791 through summaries; pooling, the number of
+    versions and gamma are ours. Left out: the key phrases (RAKE) and their removal, which make the versions.
+    Raises ConfigError where there are more versions than classes.
+    """
+    logits = floats(degree_logits)
+    if logits.ndim != 3 or logits.shape[1] > logits.shape[2]:
+        raise ConfigError(f"degree_logits: found shape {logits.shape}; allowed: [B, N, C] with N <= C")
+    entropy = jax.nn.logsumexp(logits, axis=-1) - jnp.diagonal(logits, axis1=1, axis2=2)
+    return Terms({"dpo": Term(dpo(logps, ref_logps, beta=beta)),
+                  "degree": Term(entropy, scale=gamma, reduction="sequences")})

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from alignax.losses.info import method
-from alignax.losses.inputs import floats, valid_log_ratios
+from alignax.losses.inputs import floats, pair_log_ratios, valid_log_ratios
 from alignax.ops import links
 from alignax.ops.reductions import masked_mean, weighted_sum_count
-from alignax.types import Array, Term, Terms
+from alignax.types import Array, ConfigError, Term, Terms
 
 
 @method(id="kto", system="KTO", arxiv="2402.01306", fidelity="official code", couples_batch=True)
@@ -73,14 +73,102 @@ def info_nca(logps: Array, ref_logps: Array, scores: Array, valid: Array, *, bet
     return -jnp.where(valid, _targets(scores, valid, alpha) * log_softmax, 0).sum(-1)
 
 
-@method(id="npo", system="NPO: negative preference optimisation", arxiv="2404.05868", fidelity="official code",
-        kind="loss")
-def npo(logps: Array, ref_logps: Array, labels: Array, valid: Array, *, beta: Any = 0.1) -> Terms:
-    """Negative preference optimisation: (2 / beta) sp(beta lr) on the completions to forget (label 0).
+@method(id="apo:zero_unpaired", system="APO-zero on unpaired data", arxiv="2408.06266", fidelity="official code")
+def apo_zero_unpaired(logps: Array, ref_logps: Array, labels: Array, valid: Array, *, beta: Any = 0.1) -> Terms:
+    """APO-zero by label: 1 - sigmoid(beta lr) where desirable, sigmoid(beta lr) where not.
 
-    All arrays [B, K]. Returns one term `loss` by sequences, weighted by (label 0 and valid); desirable completions
-    get no gradient. Source: arXiv 2404.05868 and the authors' TOFU code. Left out: the retain term.
+    All arrays [B, K]. Returns one term `loss` by sequences over the completions that exist: on a pair half of
+    `apo_zero`; KTO with a baseline of 0. Source: arXiv 2408.06266, TRL's `apo_zero_unpaired`.
     """
-    forget = jnp.asarray(valid, bool) & (floats(labels) <= 0.5)
-    values = 2 / beta * links.logistic(-beta * valid_log_ratios(logps, ref_logps, valid))
-    return Terms({"loss": Term(values, forget, "sequences")})
+    ratios = beta * valid_log_ratios(logps, ref_logps, valid)
+    values = jax.nn.sigmoid(jnp.where(floats(labels) > 0.5, -ratios, ratios))
+    return Terms({"loss": Term(values, valid, "sequences")})
+
+
+def bco_state() -> dict[str, jax.Array]:
+    """Sum and count of BCO's rewards by class, float32 scalars, zero before the first update."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("good_sum", "good_count", "bad_sum", "bad_count")}
+
+
+def bco_shift(rewards: jax.Array, good: jax.Array, valid: jax.Array, state: Any, *,
+              pooled: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(delta, new state): the running mean reward, this batch included; a scalar without gradient.
+
+    rewards, good, valid: [B, K]. The mean of the two classes' means, of one where the other was never seen, or with
+    `pooled` the mean over all completions. state: as `bco_state`.
+    """
+    new_state = {}
+    for name, kept in (("good", valid & good), ("bad", valid & ~good)):
+        total, count = weighted_sum_count(jax.lax.stop_gradient(rewards), kept)
+        new_state[f"{name}_sum"] = (state[f"{name}_sum"] + total).astype(jnp.float32)
+        new_state[f"{name}_count"] = (state[f"{name}_count"] + count).astype(jnp.float32)
+    totals = jnp.stack([new_state["good_sum"], new_state["bad_sum"]])
+    counts = jnp.stack([new_state["good_count"], new_state["bad_count"]])
+    seen = counts > 0
+    means = jnp.where(seen, totals / jnp.where(seen, counts, 1), 0)
+    return masked_mean(means, counts if pooled else seen).astype(rewards.dtype), new_state
+
+
+@method(id="bco", system="BCO: binary classifier optimisation", arxiv="2404.04656", fidelity="third-party code",
+        couples_batch=True, init_state=bco_state)
+def bco(logps: Array, ref_logps: Array, labels: Array, valid: Array, weights: Array, state: Any, *, beta: Any = 0.01,
+        low_weight: Any = 0.5, high_weight: Any = 10.0, pooled: bool = False) -> Terms:
+    """Binary classifier optimisation: sp(-(r - delta)) where desirable, q sp(r - delta) where not, r = beta lr.
+
+    delta = sg[mean of the two classes' running mean rewards], this global batch included; a class that has not been
+    seen leaves delta to the other. pooled (static): one running mean over all completions, as TRL keeps it; the same
+    where the classes are equally many. q = `weights` held in [low_weight, high_weight]: the ratio p(good | prompt) /
+    p(bad | prompt) of underlying-distribution matching, 1 without it.
+
+    logps, ref_logps, labels, valid: [B, K]; weights: [B]; state: four float32 scalars. Returns one term `loss` by
+    sequences over the completions that exist, new_state, and the metric `delta`. No gradient through delta.
+    Source: arXiv 2404.04656, checked against TRL (beta 0.1 there). Left out: the logistic regression on prompt
+    embeddings that gives q.
+    """
+    valid, good = jnp.asarray(valid, bool), floats(labels) > 0.5
+    rewards = beta * valid_log_ratios(logps, ref_logps, valid)
+    delta, new_state = bco_shift(rewards, good, valid, state, pooled=pooled)
+    ratio = jnp.clip(jax.lax.stop_gradient(floats(weights)), low_weight, high_weight)[:, None]
+    values = jnp.where(good, links.logistic(rewards - delta), ratio * links.logistic(delta - rewards))
+    one = jnp.ones((), jnp.float32)
+    return Terms({"loss": Term(values, valid, "sequences")}, new_state, {"delta": (delta.astype(jnp.float32), one)})
+
+
+_WIN_RATES = ("given", "list", "others")
+
+
+@method(id="sppo", system="SPPO: self-play preference optimisation", arxiv="2405.00675", fidelity="official code")
+def sppo(logps: Array, ref_logps: Array, scores: Array, valid: Array, *, beta: Any = 0.001,
+         win_rates: str = "given") -> Terms:
+    """Self-play preference optimisation: (lr - (P - 1/2) / beta)^2, P the win rate against the reference policy.
+
+    win_rates (static): given, P = scores, in [0, 1]; list, P_i = mean over all j of the list, i included, of
+    sigmoid(s_i - s_j), s = scores (the authors' estimate from a preference model's scores); others, the same without
+    i itself (on a pair their `sppo_single`). All arrays [B, K]. Returns one term `loss` by sequences over the
+    completions that exist: on a pair the official half sum. Source: arXiv 2405.00675, uclaml/SPPO. Left out: the
+    rounds of sampling, in which the reference is the policy at the round's start.
+    """
+    if win_rates not in _WIN_RATES:
+        raise ConfigError(f"sppo: win_rates = {win_rates!r}; allowed: {', '.join(_WIN_RATES)}")
+    valid = jnp.asarray(valid, bool)
+    score = jnp.where(valid, jax.lax.stop_gradient(floats(scores)), 0.5)
+    if win_rates == "given":
+        rate = score
+    else:
+        other = valid[:, None, :] & (~jnp.eye(score.shape[1], dtype=bool)[None] | (win_rates == "list"))
+        count = other.sum(-1)
+        wins = jnp.where(other, jax.nn.sigmoid(score[:, :, None] - score[:, None, :]), 0).sum(-1)
+        rate = jnp.where(count > 0, wins / jnp.maximum(count, 1), 0.5)
+    values = links.square(valid_log_ratios(logps, ref_logps, valid), (rate - 0.5) / beta)
+    return Terms({"loss": Term(values, valid, "sequences")})
+
+
+@method(id="sppo:hard", system="SPPO with hard labels", arxiv="2405.00675", fidelity="third-party code", completions=2)
+def sppo_hard(logps: Array, ref_logps: Array, *, beta: Any = 0.001) -> jax.Array:
+    """SPPO with win rates 1 and 0: (lr_w - 1 / (2 beta))^2 + (lr_l + 1 / (2 beta))^2; [B, 2] -> [B].
+
+    The calibration part of Cal-DPO. Source: TRL's `sppo_hard`, which sums where the official code halves.
+    """
+    chosen, rejected = pair_log_ratios(logps, ref_logps)
+    target = 1 / (2 * beta)
+    return links.square(chosen, target) + links.square(rejected, -target)

@@ -1,0 +1,14 @@
+"""BCO: binary classifier optimisation (arXiv 2404.04656).
+
+    alignax train --config experiments/methods/bco.py --workdir runs/bco
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("bco", tiny=configs.quick(arg))

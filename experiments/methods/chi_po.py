@@ -1,0 +1,14 @@
+"""chiPO: chi-squared preference optimisation (arXiv 2407.13399).
+
+    alignax train --config experiments/methods/chi_po.py --workdir runs/chi_po
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("chi_po", tiny=configs.quick(arg))

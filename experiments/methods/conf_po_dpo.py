@@ -1,0 +1,14 @@
+"""ConfPO on DPO (arXiv 2506.08712).
+
+    alignax train --config experiments/methods/conf_po_dpo.py --workdir runs/conf_po_dpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("conf_po_dpo", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""Contrastive Preference Learning (arXiv 2310.13639).
+
+    alignax train --config experiments/methods/cpl.py --workdir runs/cpl
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("cpl", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""Iterative length-regularised DPO (arXiv 2406.11817).
+
+    alignax train --config experiments/methods/ilr_dpo.py --workdir runs/ilr_dpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("ilr_dpo", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""KTO-pair: batch-halves KTO (arXiv 2402.01306).
+
+    alignax train --config experiments/methods/kto_pair.py --workdir runs/kto_pair
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("kto_pair", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""LD-DPO: length-desensitised DPO (arXiv 2409.06411).
+
+    alignax train --config experiments/methods/ld_dpo.py --workdir runs/ld_dpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("ld_dpo", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""MinorDPO: one-sided reject penalty (arXiv 2408.09834).
+
+    alignax train --config experiments/methods/minor_dpo.py --workdir runs/minor_dpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("minor_dpo", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""Relative preference optimisation (contrast matrix) (arXiv 2402.10958).
+
+    alignax train --config experiments/methods/relative_po.py --workdir runs/relative_po
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("relative_po", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""SamPO: down-sampled KL (arXiv 2406.10957).
+
+    alignax train --config experiments/methods/sampo.py --workdir runs/sampo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("sampo", tiny=configs.quick(arg))

@@ -1,0 +1,14 @@
+"""SquaredPO: nonconvex f-divergence DPO (arXiv 2602.06788).
+
+    alignax train --config experiments/methods/squared_po.py --workdir runs/squared_po
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("squared_po", tiny=configs.quick(arg))
