@@ -16,7 +16,7 @@ def read_version() -> str:
 
 EXTRAS = {
     # Reading preference data through TFDS builder classes without TensorFlow, and prefetching it.
-    "data": ["tensorflow-datasets>=4.9.9", "array_record>=0.7", "grain>=0.2.10"],
+    "data": ["tensorflow-datasets>=4.9.9", "array_record>=0.7", "grain>=0.2.10", "pyarrow>=15.0"],
     "test": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "scipy>=1.13"],
     # torch's default wheel brings CUDA: `make test-all` installs $(TORCH) before this extra.
     "parity": ["torch>=2.6", "transformers>=5.0", "trl>=1.0", "peft>=0.13"],
@@ -42,7 +42,7 @@ setup(
         "flax>=0.10",
         "huggingface_hub>=0.30",
         "jax>=0.6",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "numpy>=2.0",

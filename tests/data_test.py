@@ -26,6 +26,7 @@ from alignax.data import (
     generate_corpus,
     load_policy,
     load_tokenizer,
+    prompt_texts,
     read_jsonl,
     record_number,
     split_prompts,
@@ -141,6 +142,14 @@ def test_identical_completions_are_refused_dropped_or_kept(tmp_path):
         read_jsonl(path, on_identical="drop")
     with pytest.raises(ConfigError, match="'ignore'.*error"):
         read_jsonl(path, on_identical="ignore")
+
+
+def test_prompts_to_sample_from_are_texts(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": [{"role": "user", "content": "q"}]})
+    with pytest.raises(DataError, match="a.jsonl:2: field 'prompt'.*messages"):
+        prompt_texts(str(path), split="train", seed=0, n=0)
+    [(_, text)] = prompt_texts(str(write_lines(path, {"prompt": "p"})), split="train", seed=0, n=1)
+    assert text == "p"
 
 
 def test_default_ids_are_stable_across_processes_and_positions(tmp_path):

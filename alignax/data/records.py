@@ -1,12 +1,18 @@
-"""Preference records on disk: one JSON object per line, plain or gzipped.
+"""Preference records: one type for texts and for dialogues, and its JSON form, one object per line.
 
-The layout of a line follows from its fields (an optional `id` and `margin` may accompany any of them):
+The layout of a line follows from its fields:
 
     prompt, chosen, rejected                    a pair; completion 0 is the chosen one
     prompt, completions [, scores] [, labels]   a list, put best first (stably) where scores are given
     prompt, completion [, label]                unpaired, label true/false or 1/0
     prompt                                      a prompt to sample from
     text                                        plain text: an empty prompt and one completion
+    chosen, rejected                            whole dialogues: the prompt is the messages that both begin with
+    messages                                    a dialogue to train on: the prompt ends before the first assistant turn
+
+`id`, `margin`, `tools` (a list of objects, for chat templates) and `extra` (an object, kept as it is) may accompany
+any of them. A prompt and its completions are texts, or lists of messages {"role", "content", ...} throughout; beside
+a prompt of messages, a completion given as a text is one assistant turn. A completion opens with an assistant turn.
 
 Every fault is a DataError that names file, line and field. Other fields are ignored and noted in the ledger.
 """
@@ -20,14 +26,16 @@ import json
 import math
 import os
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from alignax.data import messages as chat
 from alignax.data.ledger import Ledger
+from alignax.data.messages import Frozen, Message, check_text
+from alignax.data.rows import json_lines
 from alignax.types import ConfigError, DataError
 
 LAYOUTS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (  # (required, optional) content fields
@@ -36,33 +44,62 @@ LAYOUTS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (  # (required, opt
     (frozenset({"prompt", "completion"}), frozenset({"label"})),
     (frozenset({"prompt"}), frozenset()),
     (frozenset({"text"}), frozenset()),
+    (frozenset({"chosen", "rejected"}), frozenset()),
+    (frozenset({"messages"}), frozenset()),
 )
 CONTENT = frozenset().union(*(required | optional for required, optional in LAYOUTS))
+META = frozenset({"id", "margin", "tools", "extra"})
 ON_IDENTICAL = ("error", "drop", "keep")
+PER_COMPLETION = ("steps", "aspects", "models")  # entries of `extra` with one item per completion
+
+Content = str | tuple[Message, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One prompt and its completions, with the place it came from.
 
-    completions: empty for a prompt to sample from; pairs have the chosen one first, scored lists the best first.
+    prompt, completions: texts, or tuples of messages throughout. completions: empty for a prompt to sample from;
+    pairs have the chosen one first, scored lists the best first.
     scores, labels: one per completion or None. margin: external margin of the pair or None.
-    file, line: the source, line counted from 1.
+    file, line: the source, line counted from 1. tools: what a template may offer the model, as JSON objects.
+    extra: whatever else a data set knows, immutable. Of its names some are fixed: `steps` holds for each completion
+    its reasoning steps as (end, label), end counted in characters of the text; `aspects` for each completion an
+    object of named scores; `models` for each completion its author; `answer` the reference answer.
+
+    Raises DataError where texts and messages are mixed.
     """
 
     id: str
-    prompt: str
-    completions: tuple[str, ...] = ()
+    prompt: Content
+    completions: tuple[Content, ...] = ()
     scores: tuple[float, ...] | None = None
     labels: tuple[float, ...] | None = None
     margin: float | None = None
     file: str = "<memory>"
     line: int = 0
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=Frozen)
+
+    def __post_init__(self):
+        kinds = {type(part) for part in (self.prompt, *self.completions)}
+        if kinds != {str} and kinds != {tuple}:
+            raise DataError(f"{self.place}: the prompt is a {type(self.prompt).__name__}, the completions are "
+                            f"{[type(c).__name__ for c in self.completions]}; expected texts (str) throughout or "
+                            "tuples of messages throughout")
+        object.__setattr__(self, "extra", chat.freeze(self.extra))
+        if self.tools is not None:
+            object.__setattr__(self, "tools", chat.freeze(self.tools))
 
     @property
     def place(self) -> str:
         """`file:line`, as error messages give it."""
         return f"{self.file}:{self.line}"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the record holds messages, which a chat template turns into text."""
+        return not isinstance(self.prompt, str)
 
 
 def record_number(id: str) -> np.uint32:
@@ -70,45 +107,49 @@ def record_number(id: str) -> np.uint32:
     return np.uint32(int.from_bytes(hashlib.sha256(id.encode("utf-8")).digest()[:4], "big"))
 
 
+def as_dialogue(record: Record) -> Record:
+    """A text record as one user turn and assistant turns that answer it; a record of messages as it is."""
+    if isinstance(record.prompt, tuple):
+        return record
+    completions = tuple((Message(chat.ASSISTANT, str(text)),) for text in record.completions)
+    return dataclasses.replace(record, prompt=(Message("user", record.prompt),), completions=completions)
+
+
 def _layout_names() -> str:
     lines = []
     for required, optional in LAYOUTS:
-        names = [name for name in ("prompt", "chosen", "rejected", "completions", "completion", "text")
+        names = [name for name in ("prompt", "chosen", "rejected", "completions", "completion", "text", "messages")
                  if name in required]
         lines.append("{" + ", ".join(names + [f"[{name}]" for name in sorted(optional, reverse=True)]) + "}")
     return " | ".join(lines)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field {twice!r} stands twice in one object")
-    return found
-
-
 class _Line:
     """The fields of one line with typed access; every refusal names file, line and field."""
 
-    def __init__(self, fields: dict[str, Any], file: str, number: int):
+    def __init__(self, fields: Mapping[str, Any], file: str, number: int):
         self.fields, self.file, self.number = fields, file, number
+        self.place = f"{file}:{number}"
 
     def fail(self, field: str, message: str) -> DataError:
-        return DataError(f"{self.file}:{self.number}: field {field!r}: {message}")
+        return DataError(f"{self.place}: field {field!r}: {message}")
 
-    def text(self, field: str, *, empty: bool, value: Any = None) -> str:
-        value = self.fields[field] if value is None else value
-        if not isinstance(value, str):
-            raise self.fail(field, f"expected a string, found {type(value).__name__} {value!r:.80}")
-        if not value and not empty:
-            raise self.fail(field, "a completion is empty; expected at least one character")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise self.fail(field, f"holds a lone surrogate at character {error.start}; expected valid Unicode") \
-                from error
-        return value
+    def prompt(self) -> Content:
+        value = self.fields["prompt"]
+        return chat.dialogue(value, self.place, "prompt") if isinstance(value, list) else self.text("prompt", value)
+
+    def text(self, field: str, value: Any, *, empty: bool = True) -> str:
+        return check_text(value, self.place, field, empty=empty)
+
+    def completion(self, field: str, value: Any, prompt: Content) -> Content:
+        """A completion of the prompt's kind; a text that answers messages becomes one assistant turn."""
+        if isinstance(value, list):
+            turns = chat.check_answer(chat.dialogue(value, self.place, field), self.place, field)
+            if isinstance(prompt, str):
+                raise self.fail(field, "holds messages but the prompt is a text; expected both of one kind")
+            return turns
+        text = self.text(field, value, empty=False)
+        return text if isinstance(prompt, str) else (Message(chat.ASSISTANT, text),)
 
     def number_of(self, field: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -134,76 +175,144 @@ class _Line:
             raise self.fail(field, f"has {len(value)} entries for {size} completions; expected one each")
         return tuple(convert(f"{field}[{index}]", item) for index, item in enumerate(value))
 
+    def tools(self) -> tuple | None:
+        value = self.fields.get("tools")
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise self.fail("tools", f"expected a list of objects, found {type(value).__name__} {value!r:.80}")
+        return chat.freeze(chat.check_json(value, self.place, "tools"))
 
-def _parse(line: _Line) -> Record:
-    """One record from the fields of a line."""
+    def extra(self, size: int) -> Frozen:
+        value = self.fields.get("extra")
+        if value is None:
+            return Frozen()
+        if not isinstance(value, dict):
+            raise self.fail("extra", f"expected an object, found {type(value).__name__} {value!r:.80}")
+        for name in PER_COMPLETION:
+            if name in value and not (isinstance(value[name], list) and len(value[name]) == size):
+                raise self.fail(f"extra.{name}", f"expected a list with one entry for each of {size} completions, "
+                                                 f"found {value[name]!r:.80}")
+        return Frozen(chat.check_json(value, self.place, "extra"))
+
+    def id_or(self, content: list) -> str:
+        """The line's own id, or a hash of its content and number."""
+        if "id" not in self.fields:
+            return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()[:16]
+        name = self.fields["id"]
+        if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
+            raise self.fail("id", f"expected a non-empty string or an integer, found {type(name).__name__} "
+                                  f"{name!r:.80}")
+        return self.text("id", str(name))
+
+
+def plain(content: Content) -> str | list[dict[str, Any]]:
+    """A prompt or a completion as JSON: the text, or the list of messages."""
+    return content if isinstance(content, str) else [turn.to_json() for turn in content]
+
+
+def best_first(scores: tuple[float, ...], *columns: tuple | None) -> list[tuple | None]:
+    """`scores` and the columns beside it, reordered so that scores fall; ties keep their order, None stays None."""
+    order = sorted(range(len(scores)), key=lambda k: -scores[k])
+    return [None if column is None else tuple(column[k] for k in order) for column in (scores, *columns)]
+
+
+def _layout(line: _Line) -> frozenset[str]:
+    """The required fields of the line's layout; DataError where it has none."""
     fields = line.fields
     present = CONTENT & fields.keys()
     layout = next((required for required, optional in LAYOUTS
                    if required <= present and present <= required | optional), None)
-    if layout is None:
-        options = [required for required, optional in LAYOUTS if present <= required | optional and present]
+    whole = frozenset({"chosen", "rejected"})
+    if layout is None or (layout == whole and not any(isinstance(fields[name], list) for name in whole)):
+        options = [required for required, optional in LAYOUTS
+                   if present and present <= required | optional and required != whole]  # texts need their prompt
         missing = sorted(min(options, key=lambda r: len(r - present)) - present) if options else []
         missing = missing if present else ["prompt"]
         problem = f"missing field {missing[0]!r}" if missing else "the fields fit no layout"
-        raise DataError(f"{line.file}:{line.number}: {problem}: found {sorted(fields)}; "
-                        f"legal layouts: {_layout_names()}")
+        raise DataError(f"{line.place}: {problem}: found {sorted(fields)}; legal layouts: {_layout_names()}")
+    return layout
+
+
+def from_json(fields: Mapping[str, Any], file: str = "<memory>", line: int = 0) -> Record:
+    """One record from the object of a line (layouts: see the module); DataError naming file, line and field."""
+    here = _Line(fields, file, line)
+    layout = _layout(here)
     scores = labels = None
-    prompt = line.text("prompt", empty=True) if "prompt" in layout else ""
-    if "chosen" in layout:
-        completions = (line.text("chosen", empty=False), line.text("rejected", empty=False))
+    completions: tuple[Content, ...] = ()
+    prompt = here.prompt() if "prompt" in layout else ""
+    if layout == {"chosen", "rejected"}:
+        whole = [chat.dialogue(fields[name], here.place, name) for name in ("chosen", "rejected")]
+        prompt, rests = chat.shared_prompt(whole, here.place, ("chosen", "rejected"))
+        completions = tuple(rests)
+    elif "messages" in layout:
+        turns = chat.dialogue(fields["messages"], here.place, "messages")
+        prompt, rest = chat.trained_turns(turns, here.place, "messages")
+        completions = (rest,)
+    elif "chosen" in layout:
+        completions = tuple(here.completion(name, fields[name], prompt) for name in ("chosen", "rejected"))
     elif "completions" in layout:
-        completions = line.listed("completions", lambda name, item: _Line({name: item}, line.file, line.number).text(
-            name, empty=False), None)
+        completions = here.listed("completions", lambda name, item: here.completion(name, item, prompt), None)
         if not completions:
-            raise line.fail("completions", "the list is empty; expected at least one completion")
+            raise here.fail("completions", "the list is empty; expected at least one completion")
         if "scores" in fields:
-            scores = line.listed("scores", line.number_of, len(completions))
+            scores = here.listed("scores", here.number_of, len(completions))
         if "labels" in fields:
-            labels = line.listed("labels", line.label_of, len(completions))
-        if scores is not None:
-            order = sorted(range(len(scores)), key=lambda k: -scores[k])  # sorted() is stable: ties keep file order
-            completions = tuple(completions[k] for k in order)
-            labels = None if labels is None else tuple(labels[k] for k in order)
-            scores = tuple(scores[k] for k in order)
+            labels = here.listed("labels", here.label_of, len(completions))
     elif "completion" in layout:
-        completions = (line.text("completion", empty=False),)
+        completions = (here.completion("completion", fields["completion"], prompt),)
         if "label" in fields:
-            labels = (line.label_of("label", fields["label"]),)
+            labels = (here.label_of("label", fields["label"]),)
     elif "text" in layout:
-        completions = (line.text("text", empty=False),)
-    else:
-        completions = ()
-    margin = line.number_of("margin", fields["margin"]) if fields.get("margin") is not None else None
-    if "id" in fields:
-        name = fields["id"]
-        if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
-            raise line.fail("id", f"expected a non-empty string or an integer, found {type(name).__name__} "
-                                  f"{name!r:.80}")
-        name = line.text("id", empty=False, value=str(name))
-    else:
-        content = json.dumps([prompt, completions, scores, labels, margin, line.number], ensure_ascii=True)
-        name = hashlib.sha256(content.encode("ascii")).hexdigest()[:16]
-    return Record(name, prompt, completions, scores, labels, margin, line.file, line.number)
+        completions = (here.text("text", fields["text"], empty=False),)
+    margin = here.number_of("margin", fields["margin"]) if fields.get("margin") is not None else None
+    tools, extra = here.tools(), here.extra(len(completions))
+    if scores is not None:
+        own = [name for name in PER_COMPLETION if name in extra]
+        scores, completions, labels, *columns = best_first(scores, completions, labels, *(extra[name] for name in own))
+        extra = Frozen({**extra, **dict(zip(own, columns, strict=True))})
+    content = [plain(prompt), [plain(c) for c in completions], scores, labels, margin, line]
+    content += [chat.thaw(tools), chat.thaw(extra)] if tools is not None or extra else []
+    return Record(here.id_or(content), prompt, completions, scores, labels, margin, file, line, tools, extra)
 
 
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of a plain or gzipped file; read errors become DataError with the line reached."""
-    number = 0
-    try:
-        with (gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")) as handle:
-            for number, raw in enumerate(handle, 1):
-                yield number, raw
-    except FileNotFoundError as error:
-        raise DataError(f"{path}:0: no such file") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}:{number + 1}: cannot be read: {error}") from error
+def check_on_identical(caller: str, on_identical: str, ledger: Ledger | None) -> None:
+    """ConfigError on an unknown rule for identical completions, and on dropping them uncounted."""
+    if on_identical not in ON_IDENTICAL:
+        raise ConfigError(f"{caller}: on_identical is {on_identical!r}, allowed are {list(ON_IDENTICAL)}")
+    if on_identical == "drop" and ledger is None:
+        raise ConfigError(f"{caller}: on_identical 'drop' needs a ledger, so that what is dropped is counted")
+
+
+class Collector:
+    """Gathers records under the rules of a file: unique ids, and one rule for completions that are all identical."""
+
+    def __init__(self, on_identical: str, ledger: Ledger):
+        self.records: list[Record] = []
+        self._seen: dict[str, Record] = {}
+        self._rule, self._ledger = on_identical, ledger
+
+    def add(self, record: Record, field: str) -> None:
+        """Keeps, drops (counted) or refuses one record; `field` is named where its completions are identical."""
+        earlier = self._seen.setdefault(record.id, record)
+        if earlier is not record:
+            where = f"line {earlier.line}" + (f" of {earlier.file}" if earlier.file != record.file else "")
+            raise DataError(f"{record.place}: field 'id': {record.id!r} is already used on {where}; ids must be unique")
+        if len(record.completions) > 1 and len(set(record.completions)) == 1:
+            if self._rule == "error":
+                raise DataError(f"{record.place}: field {field!r}: all {len(record.completions)} completions are "
+                                f"identical; on_identical may be {list(ON_IDENTICAL)}")
+            if self._rule == "drop":
+                self._ledger.drop("identical completions")
+                return
+            self._ledger.note("identical completions kept")
+        self.records.append(record)
 
 
 def read_jsonl(path: str | os.PathLike, *, on_identical: str = "error", ledger: Ledger | None = None) -> list[Record]:
     """Reads a .jsonl or .jsonl.gz file of records (layouts: see the module).
 
-    on_identical: what to do with a pair or list whose completions are all the same text, so that it states no
+    on_identical: what to do with a pair or list whose completions are all the same, so that it states no
     preference: `error`, `drop` (needs a ledger: nothing is dropped uncounted) or `keep` (noted in the ledger).
     An absent id becomes a hash of content and line number. Blank lines and ignored fields are noted in the ledger.
 
@@ -213,62 +322,39 @@ def read_jsonl(path: str | os.PathLike, *, on_identical: str = "error", ledger: 
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ConfigError(f"read_jsonl: {str(path)!r} ends in neither '.jsonl' nor '.jsonl.gz'")
-    if on_identical not in ON_IDENTICAL:
-        raise ConfigError(f"read_jsonl: on_identical is {on_identical!r}, allowed are {list(ON_IDENTICAL)}")
-    if on_identical == "drop" and ledger is None:
-        raise ConfigError("read_jsonl: on_identical 'drop' needs a ledger, so that what is dropped is counted")
+    check_on_identical("read_jsonl", on_identical, ledger)
     tally = Ledger() if ledger is None else ledger
-    records: list[Record] = []
-    seen: dict[str, int] = {}
-    for number, raw in _raw_lines(path):
-        if not raw.strip():
-            tally.note("blank line")
-            continue
-        try:
-            fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid UTF-8: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: broken JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise DataError(f"{path}:{number}: expected a JSON object, found {type(fields).__name__}")
-        record = _parse(_Line(fields, str(path), number))
-        if record.id in seen:
-            raise DataError(f"{path}:{number}: field 'id': {record.id!r} is already used on line {seen[record.id]}; "
-                            "ids must be unique")
-        seen[record.id] = number
-        for name in fields.keys() - CONTENT - {"id", "margin"}:
+    found = Collector(on_identical, tally)
+    for number, fields in json_lines(path, tally):
+        record = from_json(fields, str(path), number)
+        for name in fields.keys() - CONTENT - META:
             tally.note(f"ignored field {name!r}")
-        if len(record.completions) > 1 and len(set(record.completions)) == 1:
-            field = "rejected" if "rejected" in fields else "completions"
-            if on_identical == "error":
-                raise DataError(f"{record.place}: field {field!r}: all {len(record.completions)} completions are "
-                                f"identical; on_identical may be {list(ON_IDENTICAL)}")
-            if on_identical == "drop":
-                tally.drop("identical completions")
-                continue
-            tally.note("identical completions kept")
-        records.append(record)
-    return records
+        found.add(record, "rejected" if "rejected" in fields else "completions")
+    return found.records
 
 
-def _fields(record: Record) -> dict[str, Any]:
-    """The JSON object that reads back as `record` (up to file and line)."""
-    out: dict[str, Any] = {"id": record.id, "prompt": record.prompt}
-    if len(record.completions) == 2 and record.scores is None and record.labels is None:
-        out |= {"chosen": record.completions[0], "rejected": record.completions[1]}
-    elif len(record.completions) == 1 and record.scores is None:
-        out["completion"] = record.completions[0]
+def to_json(record: Record) -> dict[str, Any]:
+    """The JSON object that `from_json` reads back as `record` (up to file and line)."""
+    completions = [plain(c) for c in record.completions]
+    out: dict[str, Any] = {"id": record.id, "prompt": plain(record.prompt)}
+    if len(completions) == 2 and record.scores is None and record.labels is None:
+        out |= {"chosen": completions[0], "rejected": completions[1]}
+    elif len(completions) == 1 and record.scores is None:
+        out["completion"] = completions[0]
         if record.labels is not None:
             out["label"] = int(record.labels[0])
-    elif record.completions:
-        out["completions"] = list(record.completions)
+    elif completions:
+        out["completions"] = completions
         if record.scores is not None:
             out["scores"] = list(record.scores)
         if record.labels is not None:
             out["labels"] = [int(label) for label in record.labels]
     if record.margin is not None:
         out["margin"] = record.margin
+    if record.tools is not None:
+        out["tools"] = chat.thaw(record.tools)
+    if record.extra:
+        out["extra"] = chat.thaw(record.extra)
     return out
 
 
@@ -288,7 +374,7 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[Record]) -> int:
             # mtime=0 and no file name: equal records give equal bytes
             out = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.name.endswith(".gz") else raw
             for record in records:
-                out.write(json.dumps(_fields(record), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+                out.write(json.dumps(to_json(record), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
                 count += 1
             if out is not raw:
                 out.close()

@@ -47,6 +47,9 @@ def prompt_texts(source: str, *, split: str, seed: int, n: int) -> list[tuple[st
         raise ConfigError(f"prompts={source!r}; allowed: builtin:stories, builtin:openings, or a file")
     else:
         rows = read_jsonl(os.fspath(source), on_identical="keep")
+        spoken = next((r for r in rows if r.is_chat), None)
+        if spoken is not None:
+            raise DataError(f"{spoken.place}: field 'prompt': expected a text to sample from, found messages")
         found = [(r.id, r.prompt) for r in rows]
         if n > len(found):
             raise DataError(f"{source}: {len(found)} prompts, but {n} were asked for")

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from alignax.data.chat import ChatTemplate
+from alignax.data.dialogue import encode_dialogues
 from alignax.data.ledger import Ledger
 from alignax.data.records import Record, record_number
 from alignax.data.tokens import TextPolicy, Tokenizer
@@ -146,16 +148,51 @@ def _shorten(prompt: list[int], completions: list[list[int]], side: str, policy:
     return prompt, completions
 
 
+def _text_parts(record: Record, tokenizer: Tokenizer, policy: TextPolicy, ledger: Ledger
+                ) -> tuple[list[int], list[list[int]], list[list[bool]] | None]:
+    """(prompt, completions, None) of a record of texts."""
+    head = tokenizer.encode_prompt(record.prompt)
+    completions: list[list[int]] = []
+    for text in record.completions:
+        _, ids, merged = tokenizer.encode_pair(record.prompt, text, head)
+        if merged:
+            ledger.note("boundary_merge")
+        completions.append(policy.completion(ids))
+    return policy.prompt(head), completions, None
+
+
+def _parts(record: Record, tokenizer: Tokenizer, policy: TextPolicy, template: ChatTemplate | None, ledger: Ledger
+           ) -> tuple[list[int], list[list[int]], list[list[bool]] | None]:
+    """(prompt, completions, scored) of a record, before any cut; scored is None where every token is."""
+    if not record.is_chat:
+        if template is not None:
+            ledger.note("text record: the chat template does not apply")
+        return _text_parts(record, tokenizer, policy, ledger)
+    if template is None:
+        raise DataError(f"{record.place}: the record holds messages, which need a chat template; none is given")
+    return encode_dialogues(record.prompt, record.completions, template, tokenizer, policy, tools=record.tools,
+                            place=record.place, note=ledger.note)
+
+
+def _scored_tokens(ids: list[int], scored: list[bool] | None, prompt: list[int]) -> int:
+    """Tokens that are trained on; nothing predicts the first one of an empty prompt."""
+    flags = [True] * len(ids) if scored is None else scored[:len(ids)]
+    return sum(flags[0 if prompt else 1:])
+
+
 def tokenize_records(records: Iterable[Record], tokenizer: Tokenizer, policy: TextPolicy, *, ledger: Ledger,
                      max_prompt: int | None = None, max_completion: int | None = None, max_length: int | None = None,
-                     truncation: str = "error") -> list[TokenRecord]:
+                     truncation: str = "error", template: ChatTemplate | None = None) -> list[TokenRecord]:
     """Tokenises records under the bounds and the `truncation` rule (see the module); None means no bound.
 
-    A completion that would have no scored token (the text gives no ids and no EOS is appended, or it is a single
-    token after an empty prompt without BOS, which nothing predicts) is a DataError under `error`, otherwise its
-    record is dropped as "no scored tokens". The ledger afterwards holds kept + dropped = len(records), all cuts,
-    and notes on tokens that straddle the prompt's end, unknown tokens, and completions that differ as text but not
-    as ids. Raises ConfigError on an unknown rule and on bounds that leave no room.
+    Records of messages go through the chat template (see alignax/data/dialogue.py), those of texts do not. A
+    completion that would have no scored token (the text gives no ids and no EOS is appended, it is a single token
+    after an empty prompt without BOS, which nothing predicts, or a cut leaves nothing of the assistant's turns) is
+    a DataError under `error`, otherwise its record is dropped as "no scored tokens". The ledger afterwards holds
+    kept + dropped = len(records), all cuts, and notes on tokens that straddle the prompt's end, unknown tokens,
+    completions that differ as text but not as ids, and what the template does to the dialogues.
+    Raises ConfigError on an unknown rule and on bounds that leave no room; DataError with file:line on messages
+    without a template, and on dialogues that the template refuses.
     """
     if truncation not in TRUNCATION:
         raise ConfigError(f"tokenize_records: truncation is {truncation!r}, allowed are {list(TRUNCATION)}")
@@ -163,16 +200,11 @@ def tokenize_records(records: Iterable[Record], tokenizer: Tokenizer, policy: Te
                                ("max_length", max_length, 2)):
         if bound is not None and bound < least:
             raise ConfigError(f"tokenize_records: {name} is {bound}, expected at least {least}")
+    if template is not None and policy.pad_id in policy.eos_ids:
+        ledger.note("the pad token is an end token; masks do not depend on it")
     out: list[TokenRecord] = []
     for record in records:
-        head = tokenizer.encode_prompt(record.prompt)
-        completions: list[list[int]] = []
-        for text in record.completions:
-            _, ids, merged = tokenizer.encode_pair(record.prompt, text, head)
-            if merged:
-                ledger.note("boundary_merge")
-            completions.append(policy.completion(ids))
-        prompt = policy.prompt(head)
+        prompt, completions, scored = _parts(record, tokenizer, policy, template, ledger)
         if tokenizer.unk_id is not None:
             unknown = sum(ids.count(tokenizer.unk_id) for ids in (prompt, *completions))
             if unknown:
@@ -192,7 +224,8 @@ def tokenize_records(records: Iterable[Record], tokenizer: Tokenizer, policy: Te
         if excess is not None:
             prompt, shorter = _shorten(prompt, list(completions), truncation, policy, max_prompt, max_completion,
                                        max_length, scratch)
-        bare = [k for k, ids in enumerate(shorter) if len(ids) - (not prompt) < 1]
+        bare = [k for k, ids in enumerate(shorter)
+                if not _scored_tokens(ids, None if scored is None else scored[k], prompt)]
         if bare:
             if truncation == "error":
                 raise DataError(f"{record.place}: completion {bare[0]} has no scored token (prompt {len(prompt)} "
@@ -207,9 +240,12 @@ def tokenize_records(records: Iterable[Record], tokenizer: Tokenizer, policy: Te
             ledger.note("completions identical after a cut")
         elif before < len(set(record.completions)):
             ledger.note("completions identical as ids")
-        ended = tuple(policy.ended(ids) for ids in shorter)
+        flags = None if scored is None else tuple(np.asarray(mask[:len(ids)], bool)
+                                                  for mask, ids in zip(scored, shorter, strict=True))
+        # A cut may stand behind another turn's end token, which ends no answer.
+        ended = tuple(policy.ended(ids) and (flags is None or bool(flags[k][-1])) for k, ids in enumerate(shorter))
         out.append(TokenRecord(record_number(record.id), record.id, np.asarray(prompt, np.int32),
                                tuple(np.asarray(ids, np.int32) for ids in shorter), ended, record.scores,
-                               record.labels, record.margin, record.file, record.line))
+                               record.labels, record.margin, record.file, record.line, flags))
         ledger.keep()
     return out
