@@ -35,12 +35,15 @@ def _oracle_logits(hidden, head, temperature):
 
 def _oracle(hidden, head, targets, other, temperature):
     """Each statistic from its definition, float64 numpy."""
-    p = scipy.special.softmax(_oracle_logits(hidden, head, temperature), -1)
+    z = _oracle_logits(hidden, head, temperature)
+    p = scipy.special.softmax(z, -1)
     q = scipy.special.softmax(_oracle_logits(*other, temperature), -1)
     return {
         "logp": np.log(np.take_along_axis(p, targets[..., None], -1)[..., 0]),
         "entropy": -(p * np.log(p)).sum(-1),
         "log_sum_sq": np.log((p**2).sum(-1)),
+        "log_z": np.log(np.exp(z).sum(-1)),
+        "max_logit": z.max(-1),
         "kl_other_policy": (q * np.log(q / p)).sum(-1),
         "kl_policy_other": (p * np.log(p / q)).sum(-1),
     }
@@ -52,11 +55,14 @@ def _naive(hidden, head, targets, other, temperature):
         z = jnp.einsum("bkld,vd->bklv", h, head.weight, precision="highest")
         z = z if head.bias is None else z + head.bias[None, None, None]
         return (z if head.softcap is None else head.softcap * jnp.tanh(z / head.softcap)) / temperature
-    p, q = jax.nn.softmax(logits(hidden, head)), jax.nn.softmax(logits(*other))
+    z = logits(hidden, head)
+    p, q = jax.nn.softmax(z), jax.nn.softmax(logits(*other))
     return {
         "logp": jnp.log(jnp.take_along_axis(p, targets[..., None], -1)[..., 0]),
         "entropy": -(p * jnp.log(p)).sum(-1),
         "log_sum_sq": jnp.log((p**2).sum(-1)),
+        "log_z": jnp.log(jnp.exp(z).sum(-1)),
+        "max_logit": z.max(-1),
         "kl_other_policy": (q * jnp.log(q / p)).sum(-1),
         "kl_policy_other": (p * jnp.log(p / q)).sum(-1),
     }
@@ -113,7 +119,7 @@ def test_equal_distributions_have_zero_kl_and_zero_gradient(budget):
     hidden, head, targets, _ = jax.tree.map(jnp.asarray, _case(dtype=np.float32))
 
     def kls(h):
-        return head_stats(h, head, targets, want=STATS[3:], other=(hidden, head), byte_budget=budget)
+        return head_stats(h, head, targets, want=STATS[-2:], other=(hidden, head), byte_budget=budget)
 
     for name, value in kls(hidden).items():
         np.testing.assert_array_equal(value, jnp.zeros_like(value), err_msg=name)

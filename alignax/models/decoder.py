@@ -20,17 +20,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from alignax.models.attention import alibi_bias, attention_mask, distance
+from alignax.models.attention import attention_mask, distance
 from alignax.models.config import DecoderConfig
 from alignax.models.layers import Layer, LayerCache, View, add_norm, full_dtype, normalise, widen
+from alignax.models.remat import rematerialised
 from alignax.models.rope import angles
 from alignax.ops.head import Head
 from alignax.types import Array, ConfigError
 
 Params = dict[str, Any]
 
-REMAT = ("none", "full", "dots")
 _EMBEDDING_STD = 0.02
+_WHOLE_ROWS = jax.sharding.PartitionSpec(jax.sharding.PartitionSpec.UNCONSTRAINED, None)
 _NORM_HEAD_EPS = 1e-12
 
 
@@ -110,8 +111,8 @@ def _views(config: DecoderConfig, position: Array, mask: Array, dist: Array | No
         cos = sin = None
         if config.positions == "rope":
             cos, sin = angles(config, position, dtype, local=window > 0)
-        bias = alibi_bias(config.num_heads, dist, dtype) if config.positions == "alibi" else None
-        views[window] = View(cos, sin, mask & (dist < window) if window else mask, bias)
+        views[window] = View(cos, sin, mask & (dist < window) if window else mask,
+                             dist if config.positions == "alibi" else None)
     return views
 
 
@@ -157,7 +158,8 @@ def _layer(tree: Any, number: int) -> Any:
 
 
 def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array, prefix: Array, position: Array, *,
-            adapters: Params | None = None, remat: str = "none", unroll: int = 1) -> Array:
+            adapters: Params | None = None, remat: str = "none", unroll: int = 1,
+            sharding: jax.sharding.NamedSharding | None = None) -> Array:
     """Hidden states after the final norm, [R,T,D] in the parameters' dtype, of int32 grids [R,T].
 
     Attention follows attention_mask, and in layers with a window w also 0 <= position - position' < w; where segment
@@ -165,22 +167,23 @@ def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array
     adapters: None, or a nested dict that mirrors params["layers"] and holds adapted matrices only, each leaf as
     {"a": [layers, in, r], "b": [layers, r, out]}: the projection becomes x W + (x a) b, any scaling being part of b.
     Layers run in a `lax.scan` (over blocks of p layers where windows repeat with period p). remat: `none` keeps every
-    intermediate; `full` keeps only each layer's input; `dots` also keeps the results of weight products. unroll: layers
-    per turn of the loop; on CPUs a loop of tiny layers costs more than its body, and unroll = num_layers leaves no
-    loop. Raises ConfigError for an unknown remat or an adapter without a matrix.
+    intermediate; the other names of models.REMAT keep less (see models.remat). unroll: layers per turn of the loop; on
+    CPUs a loop of tiny layers costs more than its body, and unroll = num_layers leaves no loop. Raises ConfigError for
+    an unknown remat or an adapter without a matrix. sharding: where [R,T,D] lies, held from layer to layer. Without it
+    the compiler follows an embedding that is cut along D, and moves activations where it could move weights.
     """
-    if remat not in REMAT:
-        raise ConfigError(f"forward(remat=): found {remat!r}, allowed: {', '.join(REMAT)}")
     _check_adapters(params, adapters)
-    x = _embed(config, params, tokens, position)
+    placed = lambda x: x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+    # Rows of a table that is cut along D would come in pieces, from devices that hold other tokens.
+    table = params["embedding"] if sharding is None else jax.lax.with_sharding_constraint(
+        params["embedding"], jax.sharding.NamedSharding(sharding.mesh, _WHOLE_ROWS))
+    x = placed(_embed(config, params | {"embedding": table}, tokens, position))
     dist = distance(position, position) if _needs_distance(config) else None
     views = _views(config, position, attention_mask(segment, prefix), dist, x.dtype)
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
 
     def apply(window: int, looped: bool):
         run = lambda x, stacked: _merge_layer(config, stacked[0])(x, views[window], stacked[1])[0]
-        # Inside a scan the compiler cannot merge the recomputation with the first pass, so the guard is not needed.
-        return run if remat == "none" else jax.checkpoint(run, policy=policy, prevent_cse=not looped)
+        return rematerialised(run, remat, looped=looped)
 
     stacked = (params["layers"], adapters)
     for start, period, repeats in _runs(config.layer_windows):
@@ -189,9 +192,9 @@ def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array
 
         def body(x, block, windows=windows, looped=repeats > 1):
             if len(windows) == 1:
-                return apply(windows[0], looped)(x, block), None
+                return placed(apply(windows[0], looped)(x, block)), None
             for number, window in enumerate(windows):
-                x = apply(window, looped)(x, _layer(block, number))
+                x = placed(apply(window, looped)(x, _layer(block, number)))
             return x, None
 
         if repeats == 1:

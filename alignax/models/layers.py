@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from alignax.models.attention import attend
+from alignax.models.attention import alibi_bias, attend
 from alignax.models.config import DecoderConfig
 from alignax.models.rope import rotate
 from alignax.types import Array
@@ -32,12 +32,12 @@ class LayerCache(NamedTuple):
 
 class View(NamedTuple):
     """What one kind of layer sees of positions: rotary cos and sin (None: no rotation), who may read whom (bool
-    [R,T,S]), and the bias of the scores (None: none)."""
+    [R,T,S]), and for ALiBi how far back each key lies (int32 [R,T,S], else None)."""
 
     cos: Array | None
     sin: Array | None
     mask: Array
-    bias: Array | None
+    distance: Array | None
 
 
 def full_dtype(dtype) -> jnp.dtype:
@@ -145,8 +145,10 @@ class Attention(nnx.Module):
             key = jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start)
             value = jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start)
             cache = LayerCache(key, value)
+        # Made in the layer that uses it: kept for all layers, it would be an array of the size of the scores.
+        bias = None if view.distance is None else alibi_bias(config.num_heads, view.distance, query.dtype)
         out = attend(query, key, value, view.mask, scale=config.score_scale, softcap=config.attention_softcap,
-                     bias=view.bias)
+                     bias=bias)
         return _project(self, "output", out.reshape(*x.shape[:2], -1), adapters), cache
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from alignax.types import ConfigError
 
-STATS = ("logp", "entropy", "log_sum_sq", "kl_other_policy", "kl_policy_other")
+STATS = ("logp", "entropy", "log_sum_sq", "log_z", "max_logit", "kl_other_policy", "kl_policy_other")
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +86,8 @@ def head_stats(
       logp             log p(target)
       entropy          -sum_v p log p, nats
       log_sum_sq       log sum_v p^2
+      log_z            log sum_v exp(logit), the logits after soft cap and temperature
+      max_logit        max_v logit, of the same logits
       kl_other_policy  KL(other || this) = sum_v q (log q - log p)
       kl_policy_other  KL(this || other) = sum_v p (log p - log q)
     other: (hidden [B, K, L, D'], Head) of the second distribution q, over the same V; needed by the two KLs only.
@@ -166,7 +168,8 @@ def _in_vocab(value: jax.Array, targets: jax.Array, vocab: int) -> jax.Array:
 def _stats_whole(this, pair, temperature, hidden, targets, hidden_other, want) -> dict[str, jax.Array]:
     """All statistics from logits that fit."""
     vocab = this.weight.shape[0]
-    logp = jax.nn.log_softmax(this.logits(hidden, temperature))
+    logits = this.logits(hidden, temperature)
+    logp = jax.nn.log_softmax(logits)
     logq = None if pair is None else jax.nn.log_softmax(pair.logits(hidden_other, temperature))
     out = {}
     for name in want:
@@ -177,6 +180,10 @@ def _stats_whole(this, pair, temperature, hidden, targets, hidden_other, want) -
             out[name] = -jnp.sum(jnp.exp(logp) * logp, -1)
         elif name == "log_sum_sq":
             out[name] = jax.nn.logsumexp(2 * logp, -1)
+        elif name == "log_z":
+            out[name] = jax.nn.logsumexp(logits, -1)
+        elif name == "max_logit":
+            out[name] = jnp.max(logits, -1)
         elif name == "kl_other_policy":
             out[name] = jnp.sum(jnp.exp(logq) * (logq - logp), -1)
         else:
@@ -214,6 +221,8 @@ def _stats_by_vocab(this, pair, temperature, hidden, targets, hidden_other, want
             out["t"] = moved + jnp.sum(weight * jnp.where(fresh, shifted, 0), -1)
         if "log_sum_sq" in want:
             out["s2"] = carry["s2"] * rescale**2 + jnp.sum(weight**2, -1)
+        if "max_logit" in want:
+            out["top"] = jnp.maximum(carry["top"], z.max(-1))  # as m, but with its gradient
         if pair is not None:
             zo = jnp.where(fresh, pair.logits(hidden_other, temperature, start, size).astype(dtype), low[..., None])
             new_o, rescale_o, _, weight_o = _advance(carry["mo"], zo)
@@ -229,6 +238,8 @@ def _stats_by_vocab(this, pair, temperature, hidden, targets, hidden_other, want
         carry["t"] = zero
     if "log_sum_sq" in want:
         carry["s2"] = zero
+    if "max_logit" in want:
+        carry["top"] = low
     if pair is not None:
         carry |= {"mo": low, "so": zero}
         carry |= ({"cp": zero} if need_p else {}) | ({"cq": zero} if need_q else {})
@@ -244,6 +255,10 @@ def _stats_by_vocab(this, pair, temperature, hidden, targets, hidden_other, want
             out[name] = log_s - carry["t"] / carry["s"]
         elif name == "log_sum_sq":
             out[name] = jnp.log(carry["s2"]) - 2 * log_s
+        elif name == "log_z":
+            out[name] = lse
+        elif name == "max_logit":
+            out[name] = carry["top"]
         elif name == "kl_other_policy":
             out[name] = carry["cq"] / carry["so"] + (lse - (carry["mo"] + jnp.log(carry["so"])))
         else:

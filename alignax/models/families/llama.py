@@ -92,6 +92,7 @@ def read_config(raw: dict[str, Any], place: Any) -> DecoderConfig:
     fields = common(settings)
     for key in ("sliding_window", "layer_types"):
         settings.only(key, None)
+    settings.only("rope_interleaved", False)
     config = DecoderConfig(
         **fields, **rope_fields(settings, fields), family="llama",
         attention_bias=("query", "key", "value", "output") if settings.get("attention_bias", False) else (),

@@ -8,20 +8,21 @@ from typing import Any, NoReturn
 from alignax.types import ConfigError
 
 # Keys that do not change what the model computes: bookkeeping, initialisation, generation defaults that transformers 4
-# kept in config.json, token ids, and GPT-2's dropout rates (0.1 in the released files, which nobody aligns with).
+# kept in config.json, token ids, and GPT-2's dropout rates (0.1 in the released files; not applied).
 HARMLESS = frozenset("""
-    _attn_implementation_autoset _commit_hash _from_model_config _name_or_path architectures auto_map
-    attn_pdrop bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
-    label2id length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict
-    return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id use_bfloat16
-    use_cache n_ctx begin_suppress_tokens bad_words_ids use_mambapy z_loss_weight
+    architectures _attn_implementation attn_implementation _attn_implementation_autoset attn_pdrop auto_map
+    bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
+    _commit_hash cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id _from_model_config gradient_checkpointing id2label initializer_range
+    is_decoder is_llama_config label2id length_penalty max_length max_sequence_length min_length model_max_length
+    model_type n_ctx _name_or_path no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
+    remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
+    use_bfloat16 use_cache z_loss_weight
     """.split())
 
 # Not computed, whatever the family.
