@@ -45,11 +45,16 @@ def win_rate(a, b) -> tuple[float, float, float]:
     a, b = _pair("a", a, "b", b)
     n = a.size
     rate = float(np.mean((a > b) + 0.5 * (a == b)))
+    return rate, *wilson(rate, n)
+
+
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """(lo, hi), Wilson's 95% score interval of a rate in [0, 1] that was observed in n >= 1 independent trials."""
     z2 = _Z95 * _Z95
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
     # At rate 0 or 1 the end equals the rate exactly on paper; rounding must not push it to the other side.
-    return rate, max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate))
+    return max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate))
 
 
 def distinct_n(token_lists: Sequence[Sequence], n: int) -> float:
