@@ -95,8 +95,8 @@ class Checkpoints:
             aside.parent.mkdir(parents=True, exist_ok=True)
             place.rename(aside)
             seal.unlink()
-            self.notes.append(f"checkpoint of step {step} is damaged ({'; '.join(wrong[:3])}); it was put aside as {aside} "
-                              "and the one before it is used")
+            self.notes.append(f"checkpoint of step {step} is damaged ({'; '.join(wrong[:3])}); it was put aside as "
+                              f"{aside} and the one before it is used")
 
     def save(self, step: int, state: Any, plan: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
         """Starts an asynchronous save of a pytree and a JSON-able plan position; `wait` blocks until it is down.
@@ -172,7 +172,7 @@ def checksums(folder: pathlib.Path) -> dict[str, list]:
 
 
 def differences(stored: Mapping[str, list], found: Mapping[str, list]) -> list[str]:
-    """What is wrong with files `found` against those `stored` (both of `checksums`), a line each; empty when nothing."""
+    """What is wrong with the files `found` against those `stored` (both of `checksums`), a line each."""
     wrong = []
     for name in sorted(stored.keys() | found.keys()):
         if name not in found:

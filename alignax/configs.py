@@ -20,9 +20,11 @@ DTYPES = ("float32", "bfloat16")
 
 
 def loss_section(name: str, **hyper) -> ConfigDict:
-    """`{name, **defaults}` of a loss from its signature; `hyper` overrides. Raises ConfigError on unknown keys."""
-    loss = losses.get(name, **hyper)
-    return ConfigDict({"name": name, **loss.hyper})
+    """`{name, **defaults}` of a loss from its signature; `hyper` overrides. Raises ConfigError on unknown keys.
+
+    name: an id, `compose` (the parts and all their hyper-parameters), or a sum as `dpo+0.2*sft` (its `weights`, and a
+    section for each part)."""
+    return ConfigDict(losses.section(name, **hyper))
 
 
 def optim_section(**over) -> ConfigDict:
@@ -51,23 +53,27 @@ def train_stage(loss: str = "dpo", *, hyper=None, optim=None, data=None, lora=No
     data.path: a file or folder in any layout of `data.format` (`auto` finds it), a folder of `alignax data prepare`, a
     mixture `name=path@weight; ...`, `stage:NAME` (pairs made by a sample stage) or `builtin:stories`. data.template: a
     chat template by name, file or folder for records of messages (empty: the model's own). data.eval_fraction: share
-    of the prompts that is held out, where there is no eval_path.
+    of the prompts that is held out, where there is no eval_path. data.aux_prompt: text put before every prompt for
+    losses that look at the completions behind another prompt; a record's own `extra.aux_prompt` stands instead, and
+    where neither is given, the prompt of the next record.
     init: `previous`, `model` (the run's starting parameters) or a stage's name. reference: frozen, adapter_off,
     precomputed, none. lora.rank: 0 trains all parameters; above, low-rank adapters on `lora.targets` (paths inside a
     layer, or regular expressions over them).
     truncation: error, drop, left, right. shapes: `global` (one shape) or `batch` (a multiple of bucket_multiple).
     """
-    requests = losses.get(loss).requests
+    section = loss_section(loss, **(hyper or {}))
+    requests = losses.from_section(section.to_dict()).requests
     stage = ConfigDict(dict(
         kind="train", init="previous", steps=0, epochs=1, batch_size=32, accumulation=1,
         reference="frozen" if any(REQUESTS[r].references for r in requests) else "none", layout="padded",
         max_prompt=0, max_completion=0, max_length=0, truncation="error", shapes="global", bucket_multiple=8,
         eval_every=50, log_every=10, checkpoint_every=100, keep_best=0, compile_budget=8, records_in_log=4))
     stage.data = ConfigDict(dict(path="builtin:stories", format="auto", template="", split="", eval_path="",
-                                 eval_fraction=0.0, eval_records=256, max_records=0, on_identical="drop"))
+                                 eval_fraction=0.0, eval_records=256, max_records=0, on_identical="drop",
+                                 aux_prompt=""))
     stage.data.update(data or {})
     stage.lora = lora_section(**(lora or {}))
-    stage.loss = loss_section(loss, **(hyper or {}))
+    stage.loss = section
     stage.optim = optim_section(**(optim or {}))
     stage.update(over)
     return stage
@@ -175,7 +181,7 @@ def _check_train(stage: ConfigDict, where: str) -> None:
     _check_keys(stage.optim, set(optim_section()), f"{where}.optim")
     _check_keys(stage.lora, set(lora_section()), f"{where}.lora")
     try:
-        losses.get(stage.loss.name, **{k: v for k, v in stage.loss.items() if k != "name"})
+        losses.from_section(stage.loss.to_dict())
     except ConfigError as error:
         raise ConfigError(f"{where}.loss: {error}") from error
     _one_of(stage, "truncation", ("error", "drop", "left", "right"), where)
@@ -208,7 +214,7 @@ def embedded_run(loss: str = "dpo", *, hyper=None, optim=None, tiny: bool = Fals
     (`--config.method.data.path=FILE --config.method.init=model --config.stages=method,`) only that stage runs.
     A reward model (a loss that asks for `rewards`) has no policy to sample from and ends after training.
     """
-    requests = losses.get(loss).requests
+    requests = losses.from_section(losses.section(loss, **(hyper or {}))).requests
     width = 32 if tiny else 64
     config = base(tokenizer="builtin:stories")
     config.model = model_section(hidden_size=width, intermediate_size=2 * width, num_layers=2, num_heads=4,

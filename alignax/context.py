@@ -91,9 +91,11 @@ def save_stage_params(folder: pathlib.Path, params: Any, *, base: str, adapters:
         checkpoint.save_tree(folder / "params", {"model": params["model"]})
     else:
         checkpoint.save_tree(folder / "adapters", params["adapters"])
-        checkpoint.write_json(folder / "adapters.json", dataclasses.asdict(adapters) | {"base": base})
-    if "reward_head" in params:
-        checkpoint.save_tree(folder / "reward_head", params["reward_head"])
+        if jax.process_index() == 0:
+            checkpoint.write_json(folder / "adapters.json", dataclasses.asdict(adapters) | {"base": base})
+    for name in sorted(params):
+        if name.endswith("_head"):
+            checkpoint.save_tree(folder / name, params[name])
 
 
 def stage_params(workdir: pathlib.Path, stage: str, initial: Any) -> Any:
@@ -174,9 +176,9 @@ def shape_of(model: dict, vocab_size: int) -> models.DecoderConfig:
     return models.DecoderConfig(**shape)
 
 
-def model_spec(config: models.DecoderConfig, model: dict, devices: int = 1) -> ModelSpec:
+def model_spec(config: models.DecoderConfig, model: dict) -> ModelSpec:
     """What a forward pass needs besides parameters, from a model section; the logits' budget is that of one device."""
-    return ModelSpec(config, remat=model["remat"], byte_budget=int(model["head_megabytes"] * 1e6) * devices,
+    return ModelSpec(config, remat=model["remat"], byte_budget=int(model["head_megabytes"] * 1e6),
                      unroll=model["unroll"])
 
 

@@ -8,7 +8,7 @@ import json
 import jax
 import numpy as np
 
-from alignax import data, sample, sharding, step
+from alignax import data, distributed, sample, sharding, step
 from alignax.context import Context
 from alignax.diagnostics import compare, figures, tables
 
@@ -26,7 +26,8 @@ def score_samples(ctx: Context, params, baseline, prompts, tokens, *, batch_size
         index = np.arange(start, start + batch_size) % len(records)
         batch = data.padded([records[i] for i in index], K=1, T=columns, L=slots, pad_id=ctx.text.pad_id)
         arrays = fn(params, baseline, sharding.shard_batch(batch, ctx.mesh), {}, None, None)[1]
-        out.append(np.stack([np.asarray(arrays["logps"])[:, 0], np.asarray(arrays["ref_logps"])[:, 0]]))
+        arrays = distributed.to_host({name: arrays[name] for name in ("logps", "ref_logps")})
+        out.append(np.stack([arrays["logps"][:, 0], arrays["ref_logps"][:, 0]]))
     both = np.concatenate(out, axis=1)[:, :len(records)]
     return both[0], both[1]
 
@@ -72,10 +73,11 @@ def run(ctx: Context, name: str, *, policies, baseline: str, prompts: str, num_p
     reached = [p for p in rest if p["win_rate"] >= target_win_rate and p["kl_on_policy"] <= target_kl]
     best = reached[0] if reached else max(rest, key=lambda p: p["win_rate"])
     ctx.console.print(tables.comparison(base_row, rest))
-    figures.frontier([{"kl": p["kl_on_policy"], "kl_se": p["kl_se"], "win_rate": p["win_rate"], "lo": p["win_low"],
-                       "hi": p["win_high"], "label": p["policy"]} for p in rest],
-                     ctx.workdir / "figures" / "frontier.png")
-    _write_samples(ctx, asked, texts, gold)
+    if distributed.is_main():
+        _write_samples(ctx, asked, texts, gold)
+        figures.frontier([{"kl": p["kl_on_policy"], "kl_se": p["kl_se"], "win_rate": p["win_rate"], "lo": p["win_low"],
+                           "hi": p["win_high"], "label": p["policy"]} for p in rest],
+                         ctx.workdir / "figures" / "frontier.png")
     for i in range(min(examples, len(asked))):
         ctx.console.print(f"[bold]{ctx.tokenizer.decode([t for t in asked[i][1].tolist() if t != ctx.text.bos_id])}[/]")
         for policy in (baseline, best["policy"]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,10 +15,14 @@ class MetricWriter:
     """Appends one JSON object per (stage, step) to metrics.jsonl and writes the same scalars for TensorBoard.
 
     `resume_at`: lines of this stage at later steps are dropped first, so that a resumed run has each step once.
+    active: False writes nothing, as all processes of a run but one.
     """
 
-    def __init__(self, workdir: pathlib.Path | str, stage: str, *, resume_at: int = 0):
+    def __init__(self, workdir: pathlib.Path | str, stage: str, *, resume_at: int = 0, active: bool = True):
         self.stage = stage
+        self._file = self._board = None
+        if not active:
+            return
         workdir = pathlib.Path(workdir)
         path = workdir / "metrics.jsonl"
         if path.exists():
@@ -39,6 +43,8 @@ class MetricWriter:
 
     def write(self, step: int, values: Mapping[str, float], *, split: str = "train") -> None:
         """Writes the scalars of a step; `split` is train, eval or probe."""
+        if self._file is None:
+            return
         row = {"stage": self.stage, "split": split, "step": step} | {k: float(v) for k, v in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -47,8 +53,34 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes and closes both files."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+class Window:
+    """Sums of metrics since they were last written; `state` goes into checkpoints, so that a resumed run averages the
+    whole window and not only its later steps."""
+
+    def __init__(self, state: Mapping[str, Sequence[float]] | None = None):
+        self._sums: dict[str, list[float]] = {k: list(v) for k, v in (state or {}).items()}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Adds the metrics of one step; a metric that a step lacks is averaged over the steps that have it."""
+        for name, value in values.items():
+            total = self._sums.setdefault(name, [0.0, 0])
+            total[0] += float(value)
+            total[1] += 1
+
+    def take(self) -> dict[str, float]:
+        """The means, after which the window is empty."""
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums.clear()
+        return means
+
+    def state(self) -> dict[str, list[float]]:
+        """name -> [sum, count], as JSON holds it."""
+        return {name: list(total) for name, total in self._sums.items()}
 
 
 def read_metrics(workdir: pathlib.Path | str, *, stage: str | None = None, split: str | None = None) -> list[dict]:

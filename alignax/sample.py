@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from alignax import data, rewards
+from alignax import data, distributed, rewards
 from alignax import metrics as metrics_lib
 from alignax.context import Context, Preempted
 from alignax.sources import Rollouts, rollout
@@ -80,7 +80,7 @@ def draw(ctx: Context, label: str, params, prompts, *, num_samples: int, max_new
 
         def advance(count: int) -> None:
             bar.advance(task, count)
-            if ctx.stop.requested:
+            if distributed.stop_now(ctx.stop.requested):
                 raise Preempted(f"stopped while sampling for {label}; run the same command again")
 
         out = rollout(ctx.spec.config, params["model"], [ids for _, ids in prompts], numbers, key,
@@ -110,18 +110,9 @@ def run(ctx: Context, name: str, *, policy: str, prompts: str, num_prompts: int,
     made = rewards.bradley_terry_pairs(scores[:, :used], np.random.default_rng([ctx.seed, seed_offset, 11]),
                                        scale=label_scale, strategy=pairs, texts=[row[:used] for row in texts])
     path = ctx.stage_dir(name) / "pairs.jsonl"
-    part = path.with_name("pairs.jsonl.part")
-    with part.open("w", encoding="utf-8") as file:
-        for count, (i, w, r) in enumerate(zip(made.prompt, made.chosen, made.rejected, strict=True)):
-            prompt_id, ids = chosen_prompts[i]
-            file.write(json.dumps({
-                "id": f"{prompt_id}/{count}", "prompt_id": prompt_id, "split": "eval" if i % 10 == 9 else "train",
-                "prompt": ctx.tokenizer.decode([t for t in ids.tolist() if t != ctx.text.bos_id]),
-                "chosen": texts[i][w], "rejected": texts[i][r], "prompt_ids": ids.tolist(),
-                "chosen_ids": out.tokens[i][w].tolist(), "rejected_ids": out.tokens[i][r].tolist(),
-                "unseen_ids": [out.tokens[i][k].tolist() for k in range(used, num_samples)],
-                "scores": [float(scores[i, w]), float(scores[i, r])]}) + "\n")
-    part.replace(path)
+    if distributed.is_main():
+        _write_pairs(ctx, path, made, chosen_prompts, texts, out, scores, used)
+    distributed.await_file(path)
     counts = {"prompts": len(chosen_prompts), "completions": int(out.finished.size), "pairs": len(made.prompt),
               "identical_left_out": int(made.identical), "unfinished": int((~out.finished).sum()),
               "reward_mean": float(scores.mean()), "reward_sd": float(scores.std()),
@@ -129,6 +120,23 @@ def run(ctx: Context, name: str, *, policy: str, prompts: str, num_prompts: int,
                                                 zip(made.prompt, made.chosen, made.rejected, strict=True)]))}
     ctx.console.print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in counts.items()))
     return counts
+
+
+def _write_pairs(ctx: Context, path: pathlib.Path, made, prompts, texts, out: Rollouts, scores: np.ndarray,
+                 used: int) -> None:
+    """One line for each pair; completions from number `used` on are those that the pairs leave out."""
+    part = path.with_name("pairs.jsonl.part")
+    with part.open("w", encoding="utf-8") as file:
+        for count, (i, w, r) in enumerate(zip(made.prompt, made.chosen, made.rejected, strict=True)):
+            prompt_id, ids = prompts[i]
+            file.write(json.dumps({
+                "id": f"{prompt_id}/{count}", "prompt_id": prompt_id, "split": "eval" if i % 10 == 9 else "train",
+                "prompt": ctx.tokenizer.decode([t for t in ids.tolist() if t != ctx.text.bos_id]),
+                "chosen": texts[i][w], "rejected": texts[i][r], "prompt_ids": ids.tolist(),
+                "chosen_ids": out.tokens[i][w].tolist(), "rejected_ids": out.tokens[i][r].tolist(),
+                "unseen_ids": [tokens.tolist() for tokens in out.tokens[i][used:]],
+                "scores": [float(scores[i, w]), float(scores[i, r])]}) + "\n")
+    part.replace(path)
 
 
 def _rows(folder: pathlib.Path) -> list[dict]:

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignax import data, losses, sample, sharding
+from alignax import data, distributed, losses, sample, sharding
 from alignax.context import Context
 from alignax.data import mixture, store
 from alignax.data.layouts.shapes import packs
 from alignax.diagnostics import show
-from alignax.types import REQUESTS, Batch, ConfigError, DataError
+from alignax.models.token_heads import DEGREES
+from alignax.types import REQUESTS, Batch, ConfigError, DataError, Stream
 
 PREPARED_EVAL = "eval"
+STREAMS = ("pair", "mismatched", "aux_prompt", "reference_sample", "degraded")  # what the loop can lay out
 
 
 def read(ctx: Context, where: str, section: Mapping[str, Any], *, limits: Mapping[str, Any]) -> tuple[list, list]:
@@ -41,9 +43,26 @@ def read(ctx: Context, where: str, section: Mapping[str, Any], *, limits: Mappin
     template = template_of(ctx, where, section["template"], [*raw[:1], *raw_eval[:1]])
     tokenize = lambda records: data.tokenize_records(records, ctx.tokenizer, ctx.text, ledger=ledger,
                                                      template=template, **limits)
-    train, held_out = tokenize(raw), tokenize(raw_eval)[:section["eval_records"]]
+    train, held_out = (_with_aux_prompts(ctx, tokenize(some), some) for some in (raw, raw_eval))
+    held_out = held_out[:section["eval_records"]]
     _report(ctx, ledger, limits, train)
     return train, held_out
+
+
+def _with_aux_prompts(ctx: Context, records: list[data.TokenRecord], raw: Sequence[data.Record]) -> list:
+    """The records with the ids of their `extra.aux_prompt`, where the data has that field."""
+    given = {r.id: r for r in raw if "aux_prompt" in r.extra}
+    out = []
+    for record in records:
+        if (source := given.get(record.id)) is not None:
+            text = source.extra["aux_prompt"]
+            if source.is_chat or not isinstance(text, str):
+                raise DataError(f"{source.place}: extra.aux_prompt: found {type(text).__name__} beside a prompt of "
+                                f"{'messages' if source.is_chat else 'text'}; allowed: a text beside a text")
+            ids = ctx.text.prompt(ctx.tokenizer.encode_prompt(text))
+            record = dataclasses.replace(record, aux_prompt=np.asarray(ids, np.int32))
+        out.append(record)
+    return out
 
 
 def _raw(ctx: Context, where: str, section: Mapping[str, Any], ledger: data.Ledger) -> tuple[list, list]:
@@ -112,10 +131,62 @@ def check(where: str, path: str, train: Sequence[data.TokenRecord], *, loss: los
     if len(train) < batch_size:
         raise DataError(f"{where}: {len(train)} records are fewer than {size}")
     width = max(len(r.completions) for r in train)
-    compares = "margins" in loss.requests or ("logps" in loss.requests and "labels" not in loss.requests)
+    # With labels, or a value of the prompt to measure against, a single completion says something.
+    alone = {"labels", "prompt_values"} & set(loss.requests)
+    compares = "margins" in loss.requests or ("logps" in loss.requests and not alone)
     if width < 2 and compares:
         raise DataError(f"{where}: loss {loss.name!r} compares completions, but the records have one each; use "
                         "prompt/chosen/rejected or a list of completions")
+
+
+def check_streams(where: str, loss: losses.Loss, path: str, *, made_by: Mapping[str, Any] | None, start: str) -> None:
+    """Raises ConfigError where the data cannot give a stream of completions that the loss asks for.
+
+    where: the stage's config key. path: its data.path. made_by: the settings of the sample stage behind `stage:NAME`,
+    its policy by name, or None for other data. start: the stage (or `model`) that this one starts from.
+    """
+    for name in loss.requests:
+        stream = REQUESTS[name].stream
+        if stream not in STREAMS:
+            raise ConfigError(f"{where}.loss={loss.name!r} asks for {name!r}, on a stream {stream!r} that a train "
+                              f"stage cannot lay out; allowed: losses on {', '.join(STREAMS)}")
+        if stream == "reference_sample":
+            if made_by is None:
+                raise ConfigError(f"{where}.data.path={path!r}: loss {loss.name!r} needs completions sampled from the "
+                                  "reference, which records do not hold; allowed: stage:NAME, a sample stage")
+            if made_by["unseen"] < 1:
+                raise ConfigError(f"config.{path[len('stage:'):]}.unseen=0: loss {loss.name!r} takes the samples of "
+                                  "the reference that are kept out of the pairs; allowed: 1 or more")
+            if made_by["policy"] != start:
+                raise ConfigError(f"{where}.data.path={path!r}: those completions are of {made_by['policy']!r}, but "
+                                  f"the stage starts from {start!r}, its reference; let both be one")
+
+
+def other_streams(ctx: Context, where: str, section: Mapping[str, Any], records: Sequence[data.TokenRecord], *,
+                  loss: losses.Loss, limits: Mapping[str, Any]) -> dict[str, list[data.TokenRecord]]:
+    """Stream name -> one record for each of `records`, for the streams that depend on a record alone.
+
+    aux_prompt: the same completions behind the record's extra.aux_prompt, or data.aux_prompt and its own prompt, or,
+    where neither is given, behind the next record's prompt (said on the console). reference_sample: the completion that
+    the sample stage kept out of the pairs. degraded: DEGREES versions of the chosen completion, version 0
+    untouched, the last without its key phrases. section, limits, where: as for `read`.
+    """
+    wanted = {REQUESTS[name].stream for name in loss.requests}
+    out = {}
+    if "aux_prompt" in wanted:
+        before = ctx.tokenizer.encode_prompt(section["aux_prompt"]) if section["aux_prompt"] else ()
+        own = sum(r.aux_prompt is not None for r in records)
+        out["aux_prompt"], cut = data.aux_prompts(records, before=before, bos_id=ctx.text.bos_id,
+                                                  max_length=limits["max_length"], truncation=limits["truncation"])
+        source = f"{where}.aux_prompt and the record's prompt" if before else "the next record's prompt"
+        ctx.console.print(f"other prompts: {own} of {len(records)} are the record's own, the others are {source}; "
+                          f"{cut} were cut", markup=False, highlight=False)
+    if "reference_sample" in wanted:
+        unseen = sample.read_unseen(ctx.stage_dir(section["path"][len("stage:"):]))
+        out["reference_sample"] = data.reference_samples(records, unseen, ctx.text.ended)
+    if "degraded" in wanted:
+        out["degraded"] = data.degraded(records, DEGREES, ctx.tokenizer.decode)
+    return out
 
 
 def first_only(record: data.TokenRecord) -> data.TokenRecord:
@@ -125,12 +196,15 @@ def first_only(record: data.TokenRecord) -> data.TokenRecord:
                                scored=None if record.scored is None else record.scored[:1])
 
 
+Records = Sequence[data.TokenRecord]
+
+
 @dataclasses.dataclass(frozen=True)
 class Batches:
     """Records to batches on the mesh. shape: the one shape of every batch, or None for the smallest bucket of each.
 
     groups: row groups of the packed layouts, a multiple of devices times micro-batches. mismatched: whether the loss
-    needs KTO's rotated completions.
+    needs KTO's rotated completions. other_shapes: those of further streams by name, where `shape` is given.
     """
 
     layout: str
@@ -141,33 +215,74 @@ class Batches:
     shape: data.Shape | None
     groups: int
     mismatched: bool
+    other_shapes: Mapping[str, data.Shape] = dataclasses.field(default_factory=dict)
 
-    def make(self, records: Sequence[data.TokenRecord], extra: Mapping[str, np.ndarray] | None = None) -> Batch:
-        """Lays `records` out and puts them on the devices; `extra` arrays [B, ...] join batch.data."""
+    def make(self, records: Records, extra: Mapping[str, np.ndarray] | None = None,
+             others: Mapping[str, Records] | None = None) -> Batch:
+        """Lays `records` out and puts them on the devices; `extra` arrays [B, ...] join batch.data, and `others`, of
+        one record for each, become further streams."""
         shape = self.shape or data.plan_shape(records, self.layout, self.multiples, groups=self.groups,
                                               mismatched=self.mismatched, least=data.Shape(self.width, 1, 1, 1))
-        others = {"mismatched": data.mismatched(records)} if self.mismatched else None
-        batch = data.fill(records, shape, self.layout, pad_id=self.pad_id, groups=self.groups, extra=others)
-        if extra:
-            batch = dataclasses.replace(batch, data={**batch.data, **extra})
+        swapped = {"mismatched": data.mismatched(records)} if self.mismatched else {}
+        own = {name: (rows, self._shape_of(name, rows)) for name, rows in (others or {}).items()}
+        if jax.process_count() > 1:
+            return self._share(records, shape, swapped, own, extra or {})
+        batch = data.fill(records, shape, self.layout, pad_id=self.pad_id, groups=self.groups, extra=swapped)
+        streams = {name: self._stream(rows, size, self.groups) for name, (rows, size) in own.items()}
+        batch = dataclasses.replace(batch, data={**batch.data, **(extra or {})}, streams={**batch.streams, **streams})
         return sharding.shard_batch(batch, self.mesh)
+
+    def _shape_of(self, name: str, rows: Records) -> data.Shape:
+        """A further stream has a shape of its own: other completions, and as many as it needs."""
+        return self.other_shapes.get(name) or data.plan_shape(rows, self.layout, self.multiples, groups=self.groups)
+
+    def _stream(self, rows: Records, shape: data.Shape, groups: int) -> Stream:
+        return data.fill(rows, shape, self.layout, pad_id=self.pad_id, groups=groups).streams["pair"]
+
+    def _share(self, records: Records, shape: data.Shape, swapped: Mapping[str, Records],
+               own_shapes: Mapping[str, tuple[Records, data.Shape]], extra: Mapping[str, np.ndarray]) -> Batch:
+        """The same global batch, of which this process lays out only the records of its own devices."""
+        ways, own = self.mesh.shape["data"] * self.mesh.shape["fsdp"], distributed.own_blocks(self.mesh)
+        if len(records) % ways or self.groups % ways and self.groups != 1:
+            raise ConfigError(f"a batch of {len(records)} records in {self.groups} groups does not divide over {ways} "
+                              "devices (data x fsdp)")
+        each = len(records) // ways
+        mine = np.concatenate([np.arange(b * each, (b + 1) * each) for b in own])
+        pick = lambda whole: [whole[i] for i in mine]
+        groups = self.groups * len(own) // ways if packs(self.layout) else 1
+        batch = data.fill(pick(records), shape, self.layout, pad_id=self.pad_id, groups=groups,
+                          extra={name: pick(other) for name, other in swapped.items()})
+        streams = {name: self._stream(pick(rows), size, groups) for name, (rows, size) in own_shapes.items()}
+        batch = dataclasses.replace(batch, streams={**batch.streams, **streams})
+        fields = {**batch.data, **{name: value[mine] for name, value in extra.items()}}
+        if any(r.scores is None for r in records):  # as of the whole batch, not of this share
+            fields.pop("scores", None)
+        batch = distributed.join_blocks(dataclasses.replace(batch, data=fields), self.mesh)
+        streams = {name: dataclasses.replace(s, groups=s.groups * ways // len(own))
+                   for name, s in batch.streams.items()}
+        return dataclasses.replace(batch, streams=streams)
 
 
 def batches(ctx: Context, train: Sequence[data.TokenRecord], held_out: Sequence[data.TokenRecord], *,
             loss: losses.Loss, plan: data.Plan, steps: int, eval_cuts: Sequence[tuple[int, int]], layout: str,
-            shapes: str, bucket_multiple: int, accumulation: int) -> Batches:
-    """The layout of a stage. With shapes=`global` one shape holds every batch of the plan and of the evaluation."""
+            shapes: str, bucket_multiple: int, accumulation: int,
+            others: Mapping[str, Records] | None = None) -> Batches:
+    """The layout of a stage. With shapes=`global` one shape holds every batch of the plan and of the evaluation.
+
+    others: what `other_streams` made of train and held_out together."""
     mismatched = any(REQUESTS[q].stream == "mismatched" for q in loss.requests)
     groups = row_groups(ctx.mesh, layout, accumulation) if packs(layout) else 1
     every = [*train, *held_out]
-    shape = None
+    shape, other_shapes = None, {}
     if shapes == "global":
         offset = len(train) if held_out else 0
         cuts = [offset + np.arange(start, stop) for start, stop in eval_cuts]
-        shape = data.plan_shape(every, layout, bucket_multiple, batches=[*plan.sequence(steps), *cuts], groups=groups,
-                                mismatched=mismatched)
+        planned = [*plan.sequence(steps), *cuts]
+        shape = data.plan_shape(every, layout, bucket_multiple, batches=planned, groups=groups, mismatched=mismatched)
+        other_shapes = {name: data.plan_shape(rows, layout, bucket_multiple, batches=planned, groups=groups)
+                        for name, rows in (others or {}).items()}
     return Batches(layout, bucket_multiple, ctx.text.pad_id, ctx.mesh, max(len(r.completions) for r in every), shape,
-                   groups, mismatched)
+                   groups, mismatched, other_shapes)
 
 
 def row_groups(mesh: jax.sharding.Mesh, layout: str, accumulation: int) -> int:

@@ -9,6 +9,8 @@ recomputes the forward; the gain is that a micro-batched step equals the full on
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from alignax.losses import Loss
-from alignax.models import DecoderConfig, forward, head, last_token_positions, scalar_head
+from alignax.models import DecoderConfig, forward, head, last_token_positions, scalar_head, token_heads
 from alignax.models.adapters import AdapterConfig, scaled
 from alignax.ops.head import head_stats
 from alignax.ops.reductions import reduce_terms
@@ -28,14 +30,17 @@ _HEAD_STATS = {"logps": "logp", "token_logps": "logp", "entropy": "entropy", "lo
 _PAIR_STATS = {"ref_policy_kl": "kl_other_policy", "policy_ref_kl": "kl_policy_other"}
 _SUMS = ("logps", "ref_logps", "kl_logps", "kl_ref_logps", "aux_prompt_logps", "aux_prompt_ref_logps",
          "reference_sample_logps")
-_RECORDED = ("old_token_logps", "prompt_embedding")  # where the batch holds them, they are not computed
+# Where the batch holds them, they are not computed.
+_RECORDED = ("old_token_logps", "prompt_embedding", "activation_mask", "prompt_values")
+_FROM_SCORES = ("token_rewards", "segment_scores", "advantages")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What a forward pass needs besides parameters: the decoder's shape, remat policy, logits' byte budget,
-    the temperature that divides the logits of policy and reference alike, the layers per turn of the layer loop, and
-    the adapters' settings where the parameters hold `adapters`."""
+    """What a forward pass needs besides parameters: the decoder's shape, remat policy, logits' byte budget on a device,
+    the temperature that divides the logits of policy and reference alike, the layers per turn of the layer loop, the
+    adapters' settings where the parameters hold `adapters`, and on several devices how the leading axis of activations
+    is cut (sharding.over_batch)."""
 
     config: DecoderConfig
     remat: str = "none"
@@ -43,11 +48,12 @@ class ModelSpec:
     temperature: float = 1.0
     unroll: int = 1
     adapters: AdapterConfig | None = None
+    activations: jax.sharding.NamedSharding | None = None
 
 
 class TrainState(NamedTuple):
-    """Everything an update changes. params: {"model": decoder} or, with LoRA, {"adapters": ...}; a "reward_head" beside
-    either where there is one."""
+    """Everything an update changes. params: {"model": decoder} or, with LoRA, {"adapters": ...}; beside either
+    the heads that the loss asks for (models.init_heads)."""
 
     step: jax.Array
     params: Any
@@ -71,8 +77,52 @@ def gather_at(hidden: jax.Array, stream: Stream, row: jax.Array, col: jax.Array)
 
 def _slots(spec: ModelSpec, params, stream: Stream) -> tuple[jax.Array, jax.Array]:
     hidden = forward(spec.config, params["model"], stream.tokens, stream.segment, stream.prefix, stream.position,
-                     adapters=params.get("adapters"), remat=spec.remat, unroll=spec.unroll)
-    return hidden, gather_slots(hidden, stream)
+                     adapters=params.get("adapters"), remat=spec.remat, unroll=spec.unroll,
+                     sharding=_cut(spec, stream.tokens))
+    slots = gather_slots(hidden, stream)
+    cut = _cut(spec, slots)
+    return hidden, slots if cut is None else jax.lax.with_sharding_constraint(slots, cut)
+
+
+def _cut(spec: ModelSpec, array: jax.Array) -> jax.sharding.NamedSharding | None:
+    """spec.activations where it divides the array's leading axis: a micro-batch may be smaller than the devices."""
+    return spec.activations if spec.activations and array.shape[0] % _ways(spec.activations) == 0 else None
+
+
+def _statistics(spec: ModelSpec, slots: jax.Array, weights, targets: jax.Array, want, other=None) -> dict:
+    """ops.head_stats with the settings of `spec`; where the batch is cut, every device works on its own slots.
+
+    Inside the shard_map the chunks' loop sees the head's weight whole along D (gathered once, before the loop) and sums
+    its gradient on the device (added up once, after the loop); left to the partitioner, both would happen at every
+    chunk. A vocabulary that is cut over `tensor` stays cut: that axis is the partitioner's.
+    """
+    settings = dict(want=want, temperature=spec.temperature, byte_budget=spec.byte_budget)
+    cut = _cut(spec, slots)
+    if cut is None:
+        return head_stats(slots, weights, targets, other=other, **settings)
+    over, whole = cut.spec, jax.sharding.PartitionSpec()
+    axes = {axis for entry in over for axis in ((entry,) if isinstance(entry, str) else entry)}
+    settings["byte_budget"] *= math.prod(size for axis, size in cut.mesh.shape.items() if axis not in axes)
+
+    def gathered(one):
+        """Whole along D before it is widened: half the bytes of a bfloat16 weight travel, and its gradient, which
+        leaves the shard_map, is summed over the devices in float32."""
+        rows = jax.sharding.PartitionSpec(jax.sharding.PartitionSpec.UNCONSTRAINED, None)
+        weight = jax.lax.with_sharding_constraint(one.weight, jax.sharding.NamedSharding(cut.mesh, rows))
+        return dataclasses.replace(one, weight=weight.astype(jnp.promote_types(jnp.float32, weight.dtype)))
+
+    dtypes = [weights.weight.dtype, None if other is None else other[1].weight.dtype]
+    narrowed = lambda one, dtype: dataclasses.replace(one, weight=one.weight.astype(dtype))  # what it was, to the bit
+    weights, other = gathered(weights), None if other is None else (other[0], gathered(other[1]))
+
+    def local(slots, weights, targets, *other):
+        other = (other[0], narrowed(other[1], dtypes[1])) if other else None
+        return head_stats(slots, narrowed(weights, dtypes[0]), targets, other=other, **settings)
+
+    # The chunks' carries begin as constants, which the check of varying values would refuse.
+    run = jax.shard_map(local, mesh=cut.mesh, in_specs=(over, whole, over, over, whole)[:3 if other is None else 5],
+                        out_specs=over, axis_names=axes, check_vma=False)
+    return run(slots, weights, targets, *(other or ()))
 
 
 def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[str], *, key=None,
@@ -99,11 +149,14 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
             reference -= batch.data.keys()
             if reference:
                 raise KeyError(f"no reference to compute {sorted(reference)} from")
-        for name in sorted(reference & batch.data.keys() & set(_RECORDED)):
+        heads = {n for n in names if REQUESTS[n].provider == "head"}
+        for name in sorted((reference | heads) & batch.data.keys() & set(_RECORDED)):
             out[name] = batch.data[name]
             reference.discard(name)
-        heads = {n for n in names if REQUESTS[n].provider == "head"}
-        if not (policy or reference or heads):
+            heads.discard(name)
+        beside = heads & set(token_heads.ON_REFERENCE)
+        heads -= beside
+        if not (policy or reference or heads or beside):
             continue
         if stream_name not in batch.streams:
             raise DataError(f"{', '.join(sorted(names))}: the batch has no stream {stream_name!r}; found: "
@@ -111,34 +164,44 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
         stream = batch.streams[stream_name]
         mask = stream.mask
         ref = None
-        if reference:
+        if reference or beside:
+            if ref_params is None:
+                raise KeyError(f"no reference to compute {sorted(reference | beside)} from")
             ref_hidden, ref_slots = jax.lax.stop_gradient(_slots(spec, ref_params, stream))
             ref = ref_slots, jax.lax.stop_gradient(head(spec.config, ref_params["model"]))
             if "prompt_embedding" in reference:
                 out["prompt_embedding"] = prompt_means(ref_hidden, stream, batch.data["prompt_lengths"])
+            if "activation_mask" in reference:
+                out["activation_mask"] = token_heads.activation_mask(*ref, mask)
+            out |= token_heads.reference_heads(beside, params, ref_slots, mask)
         if policy or heads:
             hidden, slots = _slots(spec, params, stream)
-        if heads:
+        if heads & {"rewards", "degree_logits"}:
             last = gather_at(hidden, stream, *last_token_positions(stream))
             if "rewards" in heads:
                 exists = stream.valid & mask.any(-1)  # of others, no place in the rows is their own
                 out["rewards"] = jnp.where(exists, scalar_head(params["reward_head"], last), 0.0)
             if "degree_logits" in heads:
                 out["degree_logits"] = jax.vmap(scalar_head, (0, None), -1)(params["degree_head"], last)
+        if heads:
+            # Values are no log-probs: the temperature of the policy is not theirs.
+            statistics = functools.partial(_statistics, dataclasses.replace(spec, temperature=1.0))
+            out |= token_heads.policy_heads(heads, params, slots, stream.targets, mask, statistics)
+        if "hidden" in policy:
+            out["hidden"] = jnp.where(mask[..., None], slots, 0).astype(jnp.promote_types(jnp.float32, slots.dtype))
+            policy -= {"hidden"}
         if policy:
             needed = {_stat(n): None for n in sorted(policy)}
-            stats = head_stats(slots, head(spec.config, params["model"]), stream.targets, want=tuple(needed),
-                               other=ref if policy & _PAIR_STATS.keys() else None,
-                               temperature=spec.temperature, byte_budget=spec.byte_budget)
+            stats = _statistics(spec, slots, head(spec.config, params["model"]), stream.targets, tuple(needed),
+                                ref if policy & _PAIR_STATS.keys() else None)
             for name in policy - {"candidate_logps"}:
                 out[name] = _masked(name, stats[_stat(name)], mask)
             if "candidate_logps" in policy:
                 out["candidate_logps"] = candidate_logps(slots, head(spec.config, params["model"]), stream.targets,
                                                          stats["logp"], mask, spec.temperature)
-        plain = reference - _PAIR_STATS.keys() - {"prompt_embedding"}
+        plain = reference - _PAIR_STATS.keys() - {"prompt_embedding", "activation_mask"}
         if plain:
-            stats = head_stats(*ref, stream.targets, want=("logp",), temperature=spec.temperature,
-                               byte_budget=spec.byte_budget)
+            stats = _statistics(spec, *ref, stream.targets, ("logp",))
             for name in plain:
                 out[name] = _masked(name, stats["logp"], mask)
     stream = batch.streams["pair"]
@@ -156,6 +219,8 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
             out[name] = batch.ids
         elif name == "diff" and name not in batch.data:
             out[name] = edited(stream)
+        elif name not in batch.data and (name == "steps" or (name in _FROM_SCORES and "scores" in batch.data)):
+            out[name] = told(name, stream, batch.data)
         elif name == "annotator" and name not in batch.data:
             out[name] = jnp.zeros(stream.row.shape[0], jnp.int32)
         elif provider == "data":
@@ -225,6 +290,25 @@ def edited(stream: Stream) -> jax.Array:
     return mask & (rank >= begin[:, None, None]) & (rank < (count - end[:, None])[..., None])
 
 
+def told(name: str, stream: Stream, given: Mapping[str, Any]) -> jax.Array:
+    """[B,K,L]: what a batch without the column `name` says of its tokens: `steps`, or what comes from scores.
+
+    steps: the runs of scored tokens (the agent's turns) numbered from 0, -1 between them. token_rewards: the score at
+    the last scored token, else 0. segment_scores: the score at every scored token. advantages: the score less the mean
+    of the prompt's completions, at every scored token.
+    """
+    mask = stream.mask
+    count = jnp.cumsum(mask, -1)
+    if name == "steps":
+        opens = mask & ~jnp.pad(mask, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+        return jnp.where(mask, jnp.cumsum(opens, -1) - 1, -1).astype(jnp.int32)
+    scores = jnp.where(stream.valid, given["scores"], 0)
+    if name == "advantages":
+        scores = scores - scores.sum(-1, keepdims=True) / jnp.maximum(stream.valid.sum(-1, keepdims=True), 1)
+    where = mask & (count == count[..., -1:]) if name == "token_rewards" else mask
+    return jnp.where(where, scores[..., None], 0)
+
+
 def _stat(name: str) -> str:
     return _HEAD_STATS.get(name) or _PAIR_STATS.get(name) or "logp"
 
@@ -234,15 +318,32 @@ def _masked(name: str, values: jax.Array, mask: jax.Array) -> jax.Array:
     return values.sum(-1) if name in _SUMS else values
 
 
-def split_batch(batch: Batch, parts: int) -> Batch:
-    """[B, ...] -> [parts, B/parts, ...] on every leaf, so that `lax.scan` sees micro-batches."""
+def split_batch(batch: Batch, parts: int, cut_over: jax.sharding.NamedSharding | None = None) -> Batch:
+    """[B, ...] -> [parts, B/parts, ...] on every leaf, so that `lax.scan` sees micro-batches.
+
+    cut_over: how the leading axis lies on the devices. Each part then takes its share of every device, so that nothing
+    moves; where B does not divide that far, and on one device, parts are consecutive.
+    """
+    ways = 1 if cut_over is None else _ways(cut_over)
+    ways = ways if batch.ids.shape[0] % (ways * parts) == 0 else 1
 
     def cut(leaf):
-        return leaf.reshape((parts, leaf.shape[0] // parts) + leaf.shape[1:])
+        if ways == 1:
+            return leaf.reshape((parts, leaf.shape[0] // parts) + leaf.shape[1:])
+        apart = leaf.reshape((ways, parts, leaf.shape[0] // (ways * parts)) + leaf.shape[1:])
+        out = jnp.swapaxes(apart, 0, 1).reshape((parts, leaf.shape[0] // parts) + leaf.shape[1:])
+        spec = jax.sharding.PartitionSpec(None, *cut_over.spec)
+        return jax.lax.with_sharding_constraint(out, jax.sharding.NamedSharding(cut_over.mesh, spec))
 
     streams = {name: dataclasses.replace(jax.tree.map(cut, s), groups=s.groups // parts)
                for name, s in batch.streams.items()}
     return Batch(streams=streams, data=jax.tree.map(cut, dict(batch.data)), ids=cut(batch.ids))
+
+
+def _ways(cut_over: jax.sharding.NamedSharding) -> int:
+    """Pieces that the leading axis is cut into."""
+    axes = cut_over.spec[0]
+    return math.prod(cut_over.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 
 
 def preference_metrics(inputs: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -310,7 +411,7 @@ def make_update(spec: ModelSpec, loss: Loss, optimizer: optax.GradientTransforma
         return scalar, grads, inputs, parts, out
 
     def in_parts(params, frozen, ref_params, batch, hyper, key, loss_state):
-        micro = split_batch(batch, accumulation)
+        micro = split_batch(batch, accumulation, spec.activations)
         carried = [n for n in wanted if REQUESTS[n].provider not in ("key", "state")]
 
         def first(carry, part):
@@ -330,8 +431,8 @@ def make_update(spec: ModelSpec, loss: Loss, optimizer: optax.GradientTransforma
 
         def second(total, part_and_g):
             part, g = part_and_g
-            _, pull = jax.vjp(lambda p: {n: v for n, v in compute(spec, frozen | p, ref_params, part,
-                                                                  carried).items() if n in g}, params)
+            # What carries no gradient is not asked for again: neither reference nor streams without gradient run twice.
+            _, pull = jax.vjp(lambda p: compute(spec, frozen | p, ref_params, part, differentiable), params)
             # The carry is the only buffer of gradients, and wide: a bfloat16 sum would lose the later parts.
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, pull(g)[0]), None
 
@@ -370,7 +471,7 @@ def make_evaluate(spec: ModelSpec, loss: Loss | None, *, diagnostics: tuple[str,
     read and never changed.
     """
     wanted = {"lengths", "logps", "mask"} | set(diagnostics) | set(loss.requests if loss else ())
-    if "rewards" in wanted:
+    if "rewards" in wanted and (loss is None or "logps" not in loss.requests):
         wanted -= {"logps"}
 
     def evaluate(params, ref_params, batch: Batch, hyper, key, loss_state):

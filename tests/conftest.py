@@ -1,4 +1,4 @@
-"""What every test shares: the platform, the compilation cache, rank promotion warnings, and the `shared` folder."""
+"""What every test shares: the platform, the compilation cache, rank promotion as an error, and the `shared` folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Compiling tiny programs is what the tests spend their time on: nothing is too quick to be cached.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALIGNAX_CACHE", str(ROOT / ".cache"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder is looked up in the cache, never on the network
 
 import jax  # noqa: E402  (after the settings above)
 
@@ -23,8 +24,8 @@ if cache := compilation_cache():
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# [B] against [B, K] would broadcast along the wrong axis without a word: a warning, in this process only.
-jax.config.update("jax_numpy_rank_promotion", "warn")
+# [B] against [B, K] would broadcast along the wrong axis without a word: an error, in this process only.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session")

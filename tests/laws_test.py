@@ -18,8 +18,8 @@ B, L = 4, 5
 ALL = losses.names()
 PERMUTED = {"beta_dpo": {"drop": 0.0}}  # its filter draws by position; with nothing dropped the draw has no effect
 # Whose gradient must stop in the loss: everything computed without one, and what people or judges gave.
-NO_GRADIENT = {r.name for r in REQUESTS.values() if r.provider in ("policy", "reference") and not r.grad}
-NO_GRADIENT |= {"scores", "labels", "weights"}
+NO_GRADIENT = {r.name for r in REQUESTS.values() if r.provider in ("policy", "reference", "head") and not r.grad}
+NO_GRADIENT |= {"scores", "labels", "weights", "token_rewards", "segment_scores", "advantages"}
 # D3PO's window holds log-ratios below 0.11 only; elsewhere its gradient is 0 as it should be.
 NEAR = {"d3po": 0.03}
 
@@ -32,7 +32,8 @@ def inputs_of(name, *, seed=0, dtype=np.float32, scale=1.0):
     lengths = rng.integers(1, L + 1, (B, size))
     lengths[1, 0] = L
     mask = np.arange(L)[None, None] < lengths[..., None]
-    axes = {"B": (B,), "BK": (B, size), "BKL": (B, size, L), "BKLL": (B, size, L, L), "BE": (B, 7), "BKC": (B, 3, 4)}
+    axes = {"B": (B,), "BK": (B, size), "BKL": (B, size, L), "BKLL": (B, size, L, L), "BE": (B, 7), "BKC": (B, 3, 4),
+            "BKLD": (B, size, L, 3), "BKLH": (B, size, L, 2)}
     out = {}
     for request in (REQUESTS[r] for r in loss.requests):
         shape = axes.get(request.axes, ())
@@ -59,6 +60,8 @@ def inputs_of(name, *, seed=0, dtype=np.float32, scale=1.0):
             value[1, 0] = 1  # one full completion repeats itself
         elif request.name == "diff":
             value = rng.random(shape) < 0.5
+        elif request.name == "steps":
+            value = np.cumsum(rng.random(shape) < 0.5, -1).astype(np.int32) - 1  # -1: before the first step
         elif request.name in ("annotator", "ids"):
             value = np.arange(B, dtype=np.int32) % 2
         elif request.name.endswith("logps") or request.name == "log_sum_sq":
@@ -139,8 +142,10 @@ def _masks(name, inputs):
     for request, value in inputs.items():
         if request in ("key", "state", "mask", "valid", "diff"):
             continue
-        if value.ndim == 4:
+        if REQUESTS[request].axes == "BKLL":
             out[request] = ~(inputs["mask"][..., :, None] & inputs["mask"][..., None, :])
+        elif value.ndim == 4 and "mask" in inputs:
+            out[request] = jnp.broadcast_to(~inputs["mask"][..., None], value.shape)
         elif value.ndim == 3 and "mask" in inputs:
             out[request] = ~inputs["mask"]
         elif value.ndim == 2 and "valid" in inputs:

@@ -257,6 +257,12 @@ def model(seed):
     tree = {name: rng.normal(size=(8, 8)) for name in ("query", "key", "value")}
     heads = {"reward_head": {"weight": rng.normal(size=8), "bias": rng.normal(size=())},
              "degree_head": {"weight": rng.normal(size=(4, 8)), "bias": rng.normal(size=4)}}
+    for name in ("value_head", "prompt_value_head"):
+        heads[name] = {"weight": rng.normal(size=8), "bias": rng.normal(size=())}
+    heads["q_head"] = {"weight": rng.normal(size=(2, 13, 8)), "bias": rng.normal(size=(2, 13))}
+    for name in ("reward_mask_head", "kl_mask_head"):
+        heads[name] = {"weight": 0.1 * rng.normal(size=8), "bias": np.ones(()), "mix": np.ones(()),
+                       "scale": rng.normal(size=8), "shift": rng.normal(size=8)}
     tree |= {"embedding": rng.normal(size=(13, 8))}
     near = np.random.default_rng(seed)
     return {"model": {n: v + 3e-3 * seed * near.normal(size=v.shape) for n, v in tree.items()}, **heads}

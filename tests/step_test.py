@@ -49,6 +49,10 @@ def batch_of(rows, layout=data.padded):
 
 
 def with_head(params, loss):
+    dtype = params["model"]["embedding"].dtype
+    heads = models.init_heads(set(loss.requests) - {"rewards"}, CONFIG.hidden_size, CONFIG.vocab_size,
+                              jax.random.key(6))
+    params = params | jax.tree.map(lambda a: a.astype(dtype), heads)
     if "rewards" in loss.requests:
         head = models.init_scalar_head(jax.random.key(5), CONFIG.hidden_size)
         dtype = params["model"]["embedding"].dtype
@@ -199,7 +203,7 @@ def test_every_method_config_resolves_and_traces(method, params):
     config = launch.load_config(str(ROOT / "experiments" / "methods" / f"{method}.py") + ":tiny")
     configs.check(config)
     stage = config.method
-    loss = losses.get(stage.loss.name, **{k: v for k, v in stage.loss.items() if k != "name"})
+    loss = losses.from_section(stage.loss.to_dict())
     assert set(loss.requests) <= REQUESTS.keys()
     reference.check(stage.reference, loss.requests)
     optimizer = optax.adamw(1e-3)
@@ -213,7 +217,7 @@ def test_every_method_config_resolves_and_traces(method, params):
 
 
 def test_every_loss_has_a_config():
-    assert {losses.get(n).fn.__name__ for n in losses.names()} == set(METHODS)
+    assert {losses.get(n).fn.__name__ for n in losses.names()} == set(METHODS) - {"compose"}  # made of parts
 
 
 _EIGHT = """

@@ -24,9 +24,11 @@ LEVELS: dict[str, float] = {
     "losses": 1, "models": 1,
     "data": 2, "rollout": 2,
     "rewards": 3, "diagnostics": 3,
+    "presence": 3.8, "supervise": 3.9, "distributed": 4, "memory": 4,
     "optim": 4, "sharding": 4, "checkpoint": 4, "metrics": 4, "reference": 4, "sources": 4,
     "step": 5, "configs": 5,
-    "context": 6, "sample": 6.1, "evaluate": 6.2, "stage_data": 6.2, "train": 6.3, "population": 6.3, "sweep": 6.3,
+    "context": 6, "sample": 6.1, "scoring": 6.15, "evaluate": 6.2, "stage_data": 6.2, "planning": 6.2,
+    "train": 6.3, "population": 6.3, "sweep": 6.3,
     "launch": 7, "commands": 7.1, "cli": 7.2,
 }
 KNOW_CONFIGS = ("configs", "train", "launch", "commands", "cli")
@@ -134,7 +136,8 @@ def experiments(root: Path) -> list[str]:
     """Config files without get_config or without the docstring that tells command, cost and result."""
     found = []
     for name, tree in sources(root, "experiments"):
-        script = name.startswith("experiments/benchmarks/")  # measures, and is no run
+        # What measures or writes documentation is no run.
+        script = name.startswith(tuple(f"experiments/{folder}/" for folder in ("benchmarks", "docs", "parity")))
         if not script and not any(isinstance(n, ast.FunctionDef) and n.name == "get_config" for n in tree.body):
             found.append(f"{name}: defines no get_config")
         if not ast.get_docstring(tree):

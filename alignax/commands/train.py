@@ -14,17 +14,39 @@ def add(commands) -> None:
                     "or killed, and ends at once when the run is finished. Any key can be overridden with "
                     "--config.key=value; an unknown key is refused with the legal ones.",
         epilog="exit codes: 0 finished, 2 bad input, 3 a step was not finite, "
-               "75 stopped by SIGTERM and resumable")
+               "75 stopped by SIGTERM and resumable, 71 out of memory, 74 the disk cannot be written, 69 another "
+               "process of a distributed run stopped (the message names it). After 69, 71, 74 and a kill, too, the "
+               "same command resumes")
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a Python file with get_config([arg])")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--dry-run", action="store_true", help="check and print the resolved config, start nothing")
+    group = parser.add_argument_group(
+        "many processes", "The same command on every host, with --distributed, or with all of the other three; each "
+        "may be given as an environment variable: ALIGNAX_COORDINATOR, ALIGNAX_PROCESS_COUNT, ALIGNAX_PROCESS_ID. The "
+        "run's folder has to be visible to all hosts. ALIGNAX_HEARTBEAT_SECONDS (30): silence after which a process "
+        "counts as stopped.")
+    group.add_argument("--distributed", action="store_true",
+                       help="let JAX ask the cluster for the other processes (Slurm, TPU pods, Open MPI, Kubernetes)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, the same for all")
+    group.add_argument("--process-count", type=int, metavar="N", help="number of processes of the run")
+    group.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
     parser.set_defaults(execute=run)
 
 
 def run(arguments, console) -> int:
     """Runs the stages; returns the exit code."""
-    from alignax import configs, launch, train
+    from rich.console import Console
 
+    from alignax import configs, distributed, launch, supervise, train
+
+    many = distributed.settings(arguments)
+    if many is not None and not arguments.dry_run:
+        if not supervise.is_worker():
+            say = lambda text: Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+            return supervise.run(arguments.argv, arguments.workdir, say)
+        distributed.start(many, arguments.workdir)
+        if not distributed.is_main():
+            console = Console(quiet=True)
     config = launch.load_config(arguments.config, arguments.overrides)
     configs.check(configs.staged(config))
     if arguments.dry_run:

@@ -22,6 +22,7 @@ from alignax.data.prefetch import batches
 from alignax.data.records import Record, as_dialogue, from_json, read_jsonl, record_number, to_json, write_jsonl
 from alignax.data.store import Prepared, Store, is_prepared, load_records, open_store, prepare
 from alignax.data.stories import generate_corpus, split_prompts, stories_tokenizer
+from alignax.data.streams import aux_prompts, degraded, reference_samples
 from alignax.data.tasks import prompt_texts, story_records
 from alignax.data.tokens import (
     TextPolicy,
@@ -36,7 +37,8 @@ from alignax.data.tokens import (
 from alignax.data.truncate import TRUNCATION, TokenRecord, token_record, tokenize_records
 
 __all__ = ["FORMATS", "LAYOUT_NAMES", "TRUNCATION", "ChatTemplate", "Frozen", "Ledger", "Message", "Mixture", "Plan",
-           "Prepared", "Record", "Shape", "Store", "TextPolicy", "TokenRecord", "Tokenizer", "as_dialogue", "batches",
+           "Prepared", "Record", "Shape", "Store", "TextPolicy", "TokenRecord", "Tokenizer", "as_dialogue",
+           "aux_prompts", "batches", "degraded", "reference_samples",
            "bucket", "bucket_shape", "check_vocab", "epoch_order", "fill", "from_json", "generate_corpus",
            "is_prepared", "load_mixture", "load_policy", "load_records", "load_template", "load_tokenizer",
            "mismatched", "occupancy", "open_store", "padded", "parse_mixture", "plan_shape", "prepare", "prompt_texts",

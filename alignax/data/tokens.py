@@ -166,6 +166,21 @@ class Tokenizer:
             return head, joint[len(head):], False
         return head, self.encode_completion(completion), True
 
+    def completion_starts(self, prompt: str, completion: str) -> list[int]:
+        """Where the tokens of a completion begin, in characters of its text; 0 for one that begins in the prompt."""
+        kind = "text" if self._core.encode_special_tokens else "special"
+        head, ids, merged = self.encode_pair(prompt, completion)
+        if merged:
+            alone = self._piece_core(f"next_{kind}").encode(completion, add_special_tokens=False)
+            starts = [a for a, _ in alone.offsets]
+        else:
+            joint = self._piece_core(kind).encode(prompt + completion, add_special_tokens=False)
+            starts = [max(a - len(prompt), 0) for a, _ in joint.offsets[len(head):]]
+        if len(starts) != len(ids):
+            raise ConfigError(f"this tokenizer gives {len(starts)} offsets for {len(ids)} tokens of a completion; "
+                              "expected one each")
+        return starts
+
     @property
     def special_tokens(self) -> dict[str, int]:
         """Spelling and id of every special token."""

@@ -15,11 +15,12 @@ completion has no EOS. A prompt keeps at least one token where it had one; beyon
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from alignax.data.chat import ChatTemplate
+from alignax.data.columns import step_columns
 from alignax.data.dialogue import encode_dialogues
 from alignax.data.ledger import Ledger
 from alignax.data.records import Record, record_number
@@ -36,7 +37,9 @@ class TokenRecord:
     number: stable uint32 of the id. prompt: int32 [P], BOS included. completions: int32 arrays, EOS included where
     it stands. completion_ended: which completions close with an end token. scored: bool arrays as long as the
     completions, which of their tokens are trained on and counted (a dialogue's other turns are not), or None for all.
-    The rest is as in `Record`.
+    aux_prompt: another prompt for the same completions, BOS included, or None.
+    columns: what the data say of each token, by the name of a request (`steps`, `advantages`, ...): arrays as long as
+    the completions. The rest is as in `Record`.
     """
 
     number: np.uint32
@@ -50,6 +53,8 @@ class TokenRecord:
     file: str = "<memory>"
     line: int = 0
     scored: tuple[np.ndarray, ...] | None = None
+    aux_prompt: np.ndarray | None = None
+    columns: Mapping[str, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def place(self) -> str:
@@ -219,6 +224,7 @@ def tokenize_records(records: Iterable[Record], tokenizer: Tokenizer, policy: Te
                 continue
         before = len({tuple(c) for c in completions})
         shorter = completions
+        columns = step_columns(record, completions, tokenizer)
         # The cut is counted in a scratch ledger first: a record that is dropped after all has lost itself, not tokens.
         scratch = Ledger()
         if excess is not None:
@@ -246,6 +252,8 @@ def tokenize_records(records: Iterable[Record], tokenizer: Tokenizer, policy: Te
         ended = tuple(policy.ended(ids) and (flags is None or bool(flags[k][-1])) for k, ids in enumerate(shorter))
         out.append(TokenRecord(record_number(record.id), record.id, np.asarray(prompt, np.int32),
                                tuple(np.asarray(ids, np.int32) for ids in shorter), ended, record.scores,
-                               record.labels, record.margin, record.file, record.line, flags))
+                               record.labels, record.margin, record.file, record.line, flags,
+                               columns={name: tuple(a[:len(ids)] for a, ids in zip(arrays, shorter, strict=True))
+                                        for name, arrays in columns.items()}))
         ledger.keep()
     return out

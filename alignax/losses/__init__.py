@@ -5,14 +5,10 @@ Adding one: write the function in its family file under `@method(...)`, import i
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
-
-import jax
 
 from alignax.losses.anchored import (
     aot,
@@ -40,6 +36,8 @@ from alignax.losses.anchored import (
     sft_dpo,
     wpo,
 )
+from alignax.losses.composed import COMPOSE, SUM, add_up, compose, parse_sum
+from alignax.losses.composed import defaults as composed_defaults
 from alignax.losses.direct import (
     alpha_dpo,
     alpha_po,
@@ -54,9 +52,9 @@ from alignax.losses.direct import (
     tpo_triple,
     typo,
 )
-from alignax.losses.info import MethodInfo
-from alignax.losses.inputs import sums
+from alignax.losses.graded import phf_awr, phf_filtering, phf_rwr, phf_unlikelihood
 from alignax.losses.listwise import aft, aft_ranking, exo_list, lipo, pro, rrhf
+from alignax.losses.loss import Loss, check_keys, check_values, split_signature
 from alignax.losses.margins import (
     ilr_dpo,
     lcpo,
@@ -67,8 +65,22 @@ from alignax.losses.margins import (
     sr_dpo,
     sr_ipo,
 )
+from alignax.losses.offline_rl import (
+    a_lol,
+    a_lol_gold,
+    a_lol_kl,
+    a_lol_ref_free,
+    a_lol_seq,
+    ilql,
+    ilql_mc_returns,
+    imagined_conversations,
+    oreo,
+    oreo_response,
+    oreo_step,
+)
 from alignax.losses.pointwise import apo_zero_unpaired, bco, info_nca, kto, nca, sppo, sppo_hard
 from alignax.losses.reward import bt_rm, bt_rm_list
+from alignax.losses.reward_forms import dph, goal_conditioned_rm, implicit_prm, implicit_prm_dpo
 from alignax.losses.selective import conf_po, conf_po_dpo, dft, humanline, ld_dpo, sampo, span_dpo
 from alignax.losses.shaped import (
     bpo_balanced,
@@ -84,6 +96,17 @@ from alignax.losses.shaped import (
     rpo_reward_aware,
     squared_po,
 )
+from alignax.losses.stepwise import (
+    dmpo,
+    m_kto,
+    multi_turn_dpo,
+    per_step_advantage,
+    scdpo,
+    sdpo,
+    step_dpo,
+    svpo,
+    tpo_tree,
+)
 from alignax.losses.supervised import sft
 from alignax.losses.tokenwise import tdpo, tdpo1
 from alignax.losses.trajectories import cpl, cpl_kl, d3po, prdp
@@ -96,7 +119,8 @@ from alignax.losses.unlearning import (
     unlikelihood_sequence,
     unlikelihood_token,
 )
-from alignax.types import REQUESTS, ConfigError, Terms
+from alignax.losses.weighted import bmc, sparse_po, sparse_po_common, sparse_po_mapo
+from alignax.types import ConfigError
 
 _METHODS = (
     dpo, cdpo, robust_dpo, ipo, ln_dpo, odpo, h_dpo, dpo_shift, flex_dpo, sft_dpo, rpo, r_dpo, dpop, f_dpo, cal_dpo,
@@ -110,31 +134,15 @@ _METHODS = (
     simpo, alpha_po, orpo, asft, cpo, slic_hf, typo, alpha_dpo, simper, mapo_margin, tpo_triple, tpo_l,
     kto, nca, info_nca, apo_zero_unpaired, bco, sppo, sppo_hard,
     exo_list, lipo, rrhf, pro, aft, aft_ranking,
-    tdpo, tdpo1,
+    tdpo, tdpo1, sparse_po, sparse_po_common, sparse_po_mapo, bmc,
+    step_dpo, scdpo, svpo, sdpo, dmpo, multi_turn_dpo, m_kto, per_step_advantage, tpo_tree,
+    oreo, oreo_step, oreo_response, ilql, ilql_mc_returns, imagined_conversations,
+    a_lol, a_lol_seq, a_lol_ref_free, a_lol_kl, a_lol_gold,
+    phf_filtering, phf_unlikelihood, phf_rwr, phf_awr,
     cpl, cpl_kl, d3po, prdp,
     npo, simnpo, grad_diff, grad_diff_kl, unlikelihood, unlikelihood_token, unlikelihood_sequence,
-    bt_rm, bt_rm_list,
+    bt_rm, bt_rm_list, implicit_prm, implicit_prm_dpo, dph, goal_conditioned_rm,
 )  # fmt: skip
-
-
-def split_signature(function: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """(requests, hyper-parameter defaults) of a loss.
-
-    Raises ConfigError when a positional name is no request, a hyper-parameter has no default, or *args appear.
-    """
-    requests, hyper = [], {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        where = f"{function.__module__}.{function.__name__}"
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            if parameter.default is parameter.empty:
-                raise ConfigError(f"{where}: hyper-parameter {name!r} has no default")
-            hyper[name] = parameter.default
-        elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name in REQUESTS:
-            requests.append(name)
-        else:
-            raise ConfigError(f"{where}: positional argument {name!r} is not a request; "
-                              f"allowed: {', '.join(sorted(REQUESTS))}")
-    return tuple(requests), hyper
 
 
 def build_index(functions: tuple[Callable, ...]) -> tuple[dict[str, Callable], dict[str, str]]:
@@ -169,77 +177,67 @@ def names() -> tuple[str, ...]:
 def _resolve(name: str) -> str:
     if name in _aliases:
         return _aliases[name]
-    close = difflib.get_close_matches(str(name), list(_aliases), n=3, cutoff=0.5)
-    legal = close + [known for known in sorted(INDEX) if known not in close]
+    close = difflib.get_close_matches(str(name), [*_aliases, COMPOSE], n=3, cutoff=0.5)
+    legal = close + [known for known in [*sorted(INDEX), COMPOSE, SUM] if known not in close]
     hint = f" (did you mean {', '.join(close)}?)" if close else ""
     raise ConfigError(f"loss = {name!r}{hint}; allowed: {', '.join(legal)}")
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """The hyper-parameters of a loss with their defaults; ConfigError for an unknown name."""
-    return split_signature(INDEX[_resolve(name)])[1]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that `jax.jit(loss)` works
-class Loss:
-    """A loss with its hyper-parameters resolved.
-
-    name: method id. fn: the pure function. requests: positional names, in order. hyper: every hyper-parameter.
-    """
-
-    name: str
-    fn: Callable
-    requests: tuple[str, ...]
-    hyper: Mapping[str, Any]
-    info: MethodInfo
-
-    def __call__(self, inputs: Mapping[str, Any], **override: Any) -> jax.Array | Terms:
-        """Evaluate on a mapping of request arrays; extra entries are ignored.
-
-        override: hyper-parameters for this call, may be traced. Raises ConfigError for a missing input or an unknown
-        override, TypeError when a sum over tokens comes as bfloat16 or float16.
-        """
-        missing = [name for name in self.requests if name not in inputs]
-        if missing:
-            raise ConfigError(f"loss {self.name!r}: inputs lack {', '.join(missing)}; found {sorted(inputs)}")
-        _check_keys(self.name, override, self.hyper)
-        for name in self.requests:
-            request = REQUESTS[name]
-            if request.axes == "BK" and request.provider in ("policy", "reference"):
-                sums(f"loss {self.name!r}: {name}", inputs[name])
-        return self.fn(*(inputs[name] for name in self.requests), **{**self.hyper, **override})
-
-    def init_state(self) -> Any:
-        """The running state before the first update; None for a loss without one."""
-        return None if self.info.init_state is None else self.info.init_state()
-
-
-def _check_keys(name: str, given: Mapping[str, Any], legal: Mapping[str, Any]) -> None:
-    unknown = [key for key in given if key not in legal]
-    if unknown:
-        close = [m for key in unknown for m in difflib.get_close_matches(key, list(legal), n=1)]
-        hint = f" (did you mean {', '.join(close)}?)" if close else ""
-        raise ConfigError(f"loss {name!r}: unknown hyper-parameter {', '.join(unknown)}{hint}; "
-                          f"allowed: {', '.join(legal) or 'none'}")
+    """The hyper-parameters of a loss with their defaults, for `compose` all keys; ConfigError for an unknown name."""
+    return composed_defaults() if name == COMPOSE else split_signature(INDEX[_resolve(name)])[1]
 
 
 def get(name: str, **hyper: Any) -> Loss:
     """The loss `name` (a method id or its function's name) with `hyper` over the defaults.
 
-    Raises ConfigError for an unknown name or key, a value whose type cannot stand for the default's, and a plain
-    number outside the method's limits. Traced values are taken as they are.
+    `compose` and `sum` are made from their hyper-parameters: those of `compose`, and `weights` and the parts' sections
+    of `weighted_sum`. Raises ConfigError for an unknown name or key, a value whose type cannot stand for the default's,
+    and a plain number outside the method's limits. Traced values are taken as they are.
     """
+    if name == COMPOSE:
+        return compose(**hyper)
+    if name == SUM:
+        return weighted_sum(hyper.pop("weights", {}), **hyper)
     id = _resolve(name)
     function = INDEX[id]
     requests, resolved = split_signature(function)
-    _check_keys(id, hyper, resolved)
-    for key, value in hyper.items():
-        default = resolved[key]
-        static = isinstance(default, (bool, str))
-        if (static and not isinstance(value, type(default))) or (not static and isinstance(value, (bool, str))):
-            kind = type(default).__name__
-            raise ConfigError(f"loss {id!r}: {key} = {value!r} is {type(value).__name__}; allowed: {kind}")
-        low, high = function.info.limits.get(key, (-float("inf"), float("inf")))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise ConfigError(f"loss {id!r}: {key} = {value!r}; allowed: {low} to {high}")
+    check_keys(id, hyper, resolved)
+    check_values(id, hyper, resolved, function.info.limits)
     return Loss(id, function, requests, {**resolved, **hyper}, function.info)
+
+
+def weighted_sum(weights: Mapping[str, float], **hyper: Mapping[str, Any]) -> Loss:
+    """The loss sum over names of weights[name] times the loss `name`; hyper: name -> hyper-parameters of that loss.
+
+        weighted_sum({"dpo": 1.0, "sft": 0.2}, dpo={"beta": 0.2})
+
+    Terms and metrics are named `dpo.loss`, `sft.nll`, hyper-parameters `weights.sft`, `dpo.beta`; see composed.add_up.
+    Raises ConfigError for an unknown loss or key, no losses at all, and hyper-parameters of a loss that has no weight.
+    """
+    bare = [name for name in hyper if name not in weights]
+    if bare:
+        raise ConfigError(f"loss {SUM!r}: {', '.join(bare)} has no weight; allowed: {', '.join(weights) or 'none'}")
+    return add_up({name: get(name, **dict(hyper.get(name, {}))) for name in weights}, weights)
+
+
+def section(name: str, **hyper: Any) -> dict[str, Any]:
+    """`{name, **hyper-parameters}` of a loss with every legal key, `hyper` over the defaults: what a config holds.
+
+    name: as for `get`, or a sum as `dpo+0.2*sft`, whose section is `name`, `weights` and one section for each part.
+    `from_section` turns it back. Raises ConfigError as `get`.
+    """
+    weights = parse_sum(name)
+    if weights is None and name != SUM:
+        loss = get(name, **hyper)
+        return {"name": name, **({**defaults(COMPOSE), **hyper} if name == COMPOSE else loss.hyper)}
+    weights = dict(hyper.pop("weights", {})) if weights is None else {**weights, **dict(hyper.pop("weights", {}))}
+    weighted_sum(weights, **hyper)
+    parts = {part: section(part, **dict(hyper.get(part, {}))) for part in weights}
+    return {"name": SUM, "weights": weights, **{part: {k: v for k, v in own.items() if k != "name"}
+                                                for part, own in parts.items()}}
+
+
+def from_section(section: Mapping[str, Any]) -> Loss:
+    """The loss of a config's section; ConfigError as `get`."""
+    return get(section["name"], **{key: value for key, value in section.items() if key != "name"})

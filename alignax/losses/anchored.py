@@ -88,6 +88,14 @@ def ln_dpo(logps: Array, ref_logps: Array, lengths: Array, *, beta: Any = 5.0) -
     return links.logistic(beta * (chosen - rejected))
 
 
+def log_score_gap(scores: Array, *, ratio: bool = False) -> tuple[jax.Array, jax.Array]:
+    """(log(s_w - s_l), or log(s_w / s_l) with `ratio`; whether it exists), [B] each; 0 where it does not."""
+    better, worse = pair("scores", jax.lax.stop_gradient(floats(scores)))
+    kept = (better > worse) & (worse > 0) if ratio else better > worse
+    gap = better / jnp.where(kept, worse, 1) if ratio else better - worse
+    return jnp.log(jnp.where(kept, gap, 1)), kept
+
+
 @method(id="odpo", system="DPO with an offset", arxiv="2402.10571", fidelity="official code", completions=2)
 def odpo(logps: Array, ref_logps: Array, scores: Array, *, beta: Any = 0.1, alpha: Any = 1.0,
          offset: str = "difference") -> Terms:
@@ -101,11 +109,8 @@ def odpo(logps: Array, ref_logps: Array, scores: Array, *, beta: Any = 0.1, alph
     if offset not in ("difference", "ratio"):
         raise ConfigError(f"odpo: offset = {offset!r}; allowed: 'difference', 'ratio'")
     chosen, rejected = pair_log_ratios(logps, ref_logps)
-    better, worse = pair("scores", jax.lax.stop_gradient(floats(scores)))
-    ratio = offset == "ratio"
-    kept = (better > worse) & (worse > 0) if ratio else better > worse
-    gap = better / jnp.where(kept, worse, 1) if ratio else better - worse
-    values = links.logistic(beta * (chosen - rejected) - alpha * jnp.log(jnp.where(kept, gap, 1)))
+    gap, kept = log_score_gap(scores, ratio=offset == "ratio")
+    values = links.logistic(beta * (chosen - rejected) - alpha * gap)
     dropped = ((~kept).sum().astype(jnp.float32), jnp.float32(kept.size))
     return Terms({"loss": Term(values, kept)}, metrics={"dropped": dropped})
 
@@ -284,6 +289,13 @@ def discopop(logps: Array, ref_logps: Array, *, beta: Any = 0.05, tau: Any = 0.0
     return blend + links.exponential(rho + jax.nn.softplus(-rho / tau), clip)
 
 
+def wpo_weight(token_logps: Array, log_sum_sq: Array, mask: Array) -> jax.Array:
+    """sg[min(1, w_w w_l)] of `wpo`, [B]."""
+    count = jnp.asarray(mask, bool).sum(-1)
+    log_weight = per_token(token_sum(floats(token_logps) - floats(log_sum_sq), mask), count).sum(-1)
+    return jax.lax.stop_gradient(jnp.exp(jnp.minimum(log_weight, 0)))
+
+
 @method(id="wpo", system="WPO: weighted preference optimisation", arxiv="2406.11827", fidelity="official code",
         completions=2)
 def wpo(token_logps: Array, ref_token_logps: Array, log_sum_sq: Array, mask: Array, *, beta: Any = 0.01) -> jax.Array:
@@ -294,10 +306,7 @@ def wpo(token_logps: Array, ref_token_logps: Array, log_sum_sq: Array, mask: Arr
     """
     ratio = token_sum(floats(token_logps) - jax.lax.stop_gradient(floats(ref_token_logps)), mask)
     chosen, rejected = pair("token_logps", ratio)
-    count = jnp.asarray(mask, bool).sum(-1)
-    log_weight = per_token(token_sum(floats(token_logps) - floats(log_sum_sq), mask), count).sum(-1)
-    weight = jax.lax.stop_gradient(jnp.exp(jnp.minimum(log_weight, 0)))
-    return weight * links.logistic(beta * (chosen - rejected))
+    return wpo_weight(token_logps, log_sum_sq, mask) * links.logistic(beta * (chosen - rejected))
 
 
 @method(id="aot", system="AOT: alignment via optimal transport", arxiv="2406.05882", fidelity="third-party code",

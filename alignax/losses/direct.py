@@ -35,6 +35,16 @@ def simpo(logps: Array, lengths: Array, *, beta: Any = 2.0, gamma: Any = 0.5) ->
     return links.logistic(beta * (chosen - rejected) - gamma)
 
 
+def shaped_reward(mean: jax.Array, alpha: Any, clip: Any) -> jax.Array:
+    """(1 - exp(-alpha mean)) / alpha, its limit `mean` where |alpha| < 1e-6; the exponent is held at `clip`."""
+    alpha = jnp.asarray(alpha, mean.dtype)
+    tiny = jnp.abs(alpha) < 1e-6
+    safe = jnp.where(tiny, 1, alpha)
+    exponent = -safe * mean
+    exponent = jnp.where(exponent <= clip, exponent, jnp.asarray(clip, mean.dtype))
+    return jnp.where(tiny, mean, -jnp.expm1(exponent) / safe)
+
+
 @method(id="alpha_po", system="AlphaPO", arxiv="2501.03884", fidelity="third-party code", completions=2)
 def alpha_po(logps: Array, lengths: Array, *, beta: Any = 2.5, gamma: Any = 0.25, alpha: Any = 0.25,
              clip: Any = links.EXP_CLIP) -> jax.Array:
@@ -43,13 +53,7 @@ def alpha_po(logps: Array, lengths: Array, *, beta: Any = 2.5, gamma: Any = 0.25
     alpha may be negative; |alpha| < 1e-6 uses the limit r = S/n (SimPO). The exponent is clipped at `clip` with zero
     gradient beyond. logps, lengths: [B, 2]; returns [B]. Source: arXiv 2501.03884 via TRL and oxRL.
     """
-    mean = per_token(sums("logps", logps), lengths)
-    alpha = jnp.asarray(alpha, mean.dtype)
-    tiny = jnp.abs(alpha) < 1e-6
-    safe = jnp.where(tiny, 1, alpha)
-    exponent = -safe * mean
-    exponent = jnp.where(exponent <= clip, exponent, jnp.asarray(clip, mean.dtype))
-    chosen, rejected = pair("logps", jnp.where(tiny, mean, -jnp.expm1(exponent) / safe))
+    chosen, rejected = pair("logps", shaped_reward(per_token(sums("logps", logps), lengths), alpha, clip))
     return links.logistic(beta * (chosen - rejected) - gamma)
 
 
@@ -130,6 +134,21 @@ def alpha_dpo_state() -> dict[str, jax.Array]:
     return {"mean": jnp.zeros((), jnp.float32), "std": jnp.zeros((), jnp.float32)}
 
 
+def adaptive_margin(logps: Array, ref_logps: Array, lengths: Array, state: Any, gamma_ratio: Any, alpha: Any,
+                    momentum: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(sg[gamma_ratio + alpha z] of `alpha_dpo`, [B]; the new running mean and deviation)."""
+    chosen, rejected = pair("logps", per_token(sums("logps", logps), lengths))
+    ref_chosen, ref_rejected = pair("ref_logps", per_token(sums("ref_logps", ref_logps), lengths))
+    gap = jax.lax.stop_gradient(chosen - rejected - (ref_chosen - ref_rejected))
+    deviation = jnp.std(gap, ddof=1) if gap.shape[0] > 1 else jnp.zeros((), gap.dtype)
+    mean = momentum * state["mean"] + (1 - momentum) * gap.mean()
+    std = momentum * state["std"] + (1 - momentum) * deviation
+    spread = std > 1e-8
+    z = jnp.where(spread, (gap - mean) / jnp.where(spread, std, 1), 0)
+    target = jax.lax.stop_gradient(gamma_ratio + alpha * z)
+    return target, jax.tree.map(lambda x: x.astype(jnp.float32), {"mean": mean, "std": std})
+
+
 @method(id="alpha_dpo", system="alpha-DPO: adaptive reward margin", arxiv="2410.10148", fidelity="official code",
         couples_batch=True, completions=2, init_state=alpha_dpo_state)
 def alpha_dpo(logps: Array, ref_logps: Array, lengths: Array, state: Any, *, beta: Any = 2.5, gamma_ratio: Any = 0.6,
@@ -142,15 +161,7 @@ def alpha_dpo(logps: Array, ref_logps: Array, lengths: Array, state: Any, *, bet
     Source: arXiv 2410.10148, junkangwu/alpha-DPO.
     """
     chosen, rejected = pair("logps", per_token(sums("logps", logps), lengths))
-    ref_chosen, ref_rejected = pair("ref_logps", per_token(sums("ref_logps", ref_logps), lengths))
-    gap = jax.lax.stop_gradient(chosen - rejected - (ref_chosen - ref_rejected))
-    deviation = jnp.std(gap, ddof=1) if gap.shape[0] > 1 else jnp.zeros((), gap.dtype)
-    mean = momentum * state["mean"] + (1 - momentum) * gap.mean()
-    std = momentum * state["std"] + (1 - momentum) * deviation
-    spread = std > 1e-8
-    z = jnp.where(spread, (gap - mean) / jnp.where(spread, std, 1), 0)
-    target = jax.lax.stop_gradient(gamma_ratio + alpha * z)
-    new_state = jax.tree.map(lambda x: x.astype(jnp.float32), {"mean": mean, "std": std})
+    target, new_state = adaptive_margin(logps, ref_logps, lengths, state, gamma_ratio, alpha, momentum)
     metric = (target.sum().astype(jnp.float32), jnp.float32(target.size))
     return Terms({"loss": Term(links.smoothed(beta * (chosen - rejected - target), label_smoothing))}, new_state,
                  {"margin_target": metric})

@@ -18,6 +18,7 @@ class MethodInfo:
     couples_batch: the loss of an example depends on other examples of the batch.
     completions: how many completions a prompt must have; None for any number.
     init_state: makes the running state, for losses that request `state`.
+    chosen_only: it trains on completion 0 of each prompt alone, as supervised losses do; the loop drops the others.
     limits: hyper-parameter -> (low, high), low <= value <= high; checked by `losses.get` on plain numbers only, as a
     traced value cannot be checked.
     """
@@ -31,6 +32,7 @@ class MethodInfo:
     completions: int | None = None
     init_state: Callable[[], Any] | None = None
     limits: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    chosen_only: bool = False
 
 
 def method(
@@ -44,6 +46,7 @@ def method(
     completions: int | None = None,
     init_state: Callable[[], Any] | None = None,
     limits: Mapping[str, tuple[float, float]] | None = None,
+    chosen_only: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Attach a MethodInfo as the attribute `info`; the function itself is returned unchanged.
 
@@ -51,7 +54,8 @@ def method(
     """
     if fidelity not in FIDELITIES:
         raise ValueError(f"method {id!r}: fidelity = {fidelity!r}; allowed: {', '.join(FIDELITIES)}")
-    info = MethodInfo(id, system, arxiv, fidelity, kind, couples_batch, completions, init_state, dict(limits or {}))
+    info = MethodInfo(id, system, arxiv, fidelity, kind, couples_batch, completions, init_state, dict(limits or {}),
+                      chosen_only)
 
     def attach(function: Callable) -> Callable:
         function.info = info

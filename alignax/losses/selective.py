@@ -141,7 +141,7 @@ def span_dpo(token_logps: Array, ref_token_logps: Array, diff: Array, mask: Arra
 
 
 @method(id="dft", system="DFT: dynamic fine-tuning (probability-weighted SFT)", arxiv="2508.05629",
-        fidelity="third-party code")
+        fidelity="third-party code", chosen_only=True)
 def dft(token_logps: Array, mask: Array) -> Terms:
     """Dynamic fine-tuning: -sg[pi(y_t)] log pi(y_t), token mean; the gradient is that of -pi(y_t).
 

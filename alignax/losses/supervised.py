@@ -7,7 +7,8 @@ from alignax.losses.inputs import floats
 from alignax.types import Array, Term, Terms
 
 
-@method(id="sft", system="Supervised fine-tuning (next-token cross-entropy)", arxiv="", fidelity="paper")
+@method(id="sft", system="Supervised fine-tuning (next-token cross-entropy)", arxiv="", fidelity="paper",
+        chosen_only=True)
 def sft(token_logps: Array, mask: Array) -> Terms:
     """Cross-entropy of the completion tokens: -log pi(y_t), token mean over the global batch.
 

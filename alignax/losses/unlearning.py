@@ -141,7 +141,7 @@ def _candidates(targets: jax.Array, mask: jax.Array, window: int) -> jax.Array:
 
 
 @method(id="unlikelihood:token", system="Unlikelihood training on candidate tokens", arxiv="1908.04319",
-        fidelity="official code")
+        fidelity="official code", chosen_only=True)
 def unlikelihood_token(token_logps: Array, candidate_logps: Array, targets: Array, mask: Array, *, alpha: Any = 1.0,
                        clamp: Any = 1e-5, window: int = 0) -> Terms:
     """Token-level unlikelihood: -log pi(y_t) + alpha sum over c in C_t of -log(1 - pi(c | y_<t)).

@@ -2,9 +2,9 @@
 
     alignax train --config experiments/methods/self_supervised_po.py --workdir runs/self_supervised_po
 
-Cost: about a minute on two CPU cores. Expected: with batches that hold the stream
-`degraded` (versions with key content removed; and parameters `degree_head`) the stages finish;
-without, the method's stage stops at its first batch and names the stream.
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+The loop makes four versions of each chosen completion, from untouched to without its key phrases (found by RAKE, see
+alignax/data/degrade.py), and trains a classifier to tell them apart beside the policy; its loss starts at log 4.
 `:tiny` runs the same stages at toy size.
 """
 

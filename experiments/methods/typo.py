@@ -2,9 +2,9 @@
 
     alignax train --config experiments/methods/typo.py --workdir runs/typo
 
-Cost: about a minute on two CPU cores. Expected: with batches that hold the stream
-`reference_sample` (completions sampled from the reference) the stages finish;
-without, the method's stage stops at its first batch and names the stream.
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+The samples of the reference are those that the sample stage keeps out of the pairs (`sample.unseen`), so the method
+learns from `stage:NAME` alone and starts from the policy that was sampled; other data is refused before anything runs.
 `:tiny` runs the same stages at toy size.
 """
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from alignax.data.columns import lay_out
 from alignax.data.layouts.packing import first_fit_decreasing
 from alignax.data.layouts.shapes import Shape, item_sizes, measure, packs, shares
 from alignax.data.truncate import TokenRecord
@@ -26,7 +27,7 @@ def mismatched(records: Sequence[TokenRecord]) -> list[TokenRecord]:
         raise ConfigError(f"mismatched: the batch has {len(records)} record(s); KTO's KL term needs at least 2")
     partners = [*records[1:], records[0]]
     return [dataclasses.replace(a, completions=b.completions, completion_ended=b.completion_ended, scores=None,
-                                labels=b.labels, margin=None, scored=b.scored)
+                                labels=b.labels, margin=None, scored=b.scored, columns=b.columns)
             for a, b in zip(records, partners, strict=True)]
 
 
@@ -118,8 +119,8 @@ def fill(records: Sequence[TokenRecord], shape: Shape, layout: str, *, pad_id: i
     padded and shared_prefix have one group per prompt, which serves any number, and take `groups` only to check it.
 
     data: labels float32 [B,K] (the record's, or 1 for completion 0 and 0 for the others), margins float32 [B] (0
-    where none), weights float32 [B] (ones), scores float32 [B,K] where every record has them, and prompt_lengths int32
-    [B]: the prompt of record b is that many columns, up to the one that predicts slot 0.
+    where none), weights float32 [B] (ones), scores float32 [B,K] where every record has them, prompt_lengths int32 [B]
+    (the prompt of record b is that many columns, up to the one that predicts slot 0), and the records' columns [B,K,L].
     Raises DataError with file:line where a record does not fit K, T or L, or a group not into its rows: layouts
     never cut and never drop. Raises ConfigError where G does not divide B.
     """
@@ -146,6 +147,7 @@ def fill(records: Sequence[TokenRecord], shape: Shape, layout: str, *, pad_id: i
             "prompt_lengths": np.asarray([len(r.prompt) for r in records], np.int32)}
     if all(record.scores is not None for record in records):
         data["scores"] = scores
+    data |= lay_out(records, (B, shape.K, shape.L))
     return Batch(streams, data, np.asarray([record.number for record in records], np.uint32))
 
 

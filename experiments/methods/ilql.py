@@ -1,0 +1,14 @@
+"""ILQL: implicit language Q-learning (arXiv 2206.11871).
+
+    alignax train --config experiments/methods/ilql.py --workdir runs/ilql
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("ilql", tiny=configs.quick(arg))

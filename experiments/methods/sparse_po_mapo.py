@@ -1,0 +1,14 @@
+"""MaPO: masks from the reference's activations (arXiv 2410.05102).
+
+    alignax train --config experiments/methods/sparse_po_mapo.py --workdir runs/sparse_po_mapo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, and the table compares the policy with its start.
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("sparse_po_mapo", tiny=configs.quick(arg))

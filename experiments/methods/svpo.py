@@ -1,0 +1,15 @@
+"""Step-level value preference optimisation (arXiv 2406.10858).
+
+    alignax train --config experiments/methods/svpo.py --workdir runs/svpo
+
+Cost: about a minute on two CPU cores. Expected: the stages finish, the reward head trained with the last one (no
+samples are compared).
+`:tiny` runs the same stages at toy size.
+"""
+
+from alignax import configs
+
+
+def get_config(arg: str = ""):
+    """Default strength of the paper; `tiny` for tests."""
+    return configs.embedded_run("svpo", tiny=configs.quick(arg))
