@@ -16,7 +16,8 @@ import jax
 import pytest
 from rich.console import Console
 
-from alignax import launch, train
+from alignax import configs, launch, train
+from alignax import metrics as metrics_lib
 from alignax.diagnostics import figures
 
 pytestmark = pytest.mark.slow
@@ -82,3 +83,15 @@ def test_config_runs_to_its_end(method, start, tmp_path):
     if "evaluate" in config.stages:
         assert 0 <= result["win_rate"] <= 1 and math.isfinite(result["kl_on_policy"])
     shutil.rmtree(workdir)
+
+
+def test_a_weighted_sum_runs_with_state_and_micro_batches(start, tmp_path):
+    config, workdir = configs.embedded_run("dpo+0.2*sft+0.5*beta_dpo", tiny=True, accumulation=2), tmp_path / "w"
+    config.method.loss.dpo.beta = 0.3
+    share(config, start, workdir)
+    assert math.isfinite(run(config, workdir)["stages"]["method"]["train"]["loss"])
+    first = metrics_lib.read_metrics(workdir, stage="method", split="train")[0]
+    assert first["loss_dpo.loss"] == pytest.approx(math.log(2), abs=1e-5)
+    # beta-DPO starts at log 2 too, and its part is scaled by 0.5.
+    assert first["loss"] == pytest.approx(1.5 * math.log(2) + 0.2 * first["loss_sft.nll"], abs=1e-4)
+    assert 0 < first["loss_sft.nll"] < -first["logp_chosen"] and "beta_dpo.kept" in first

@@ -55,7 +55,7 @@ def run(arguments, console) -> int:
         tokenizer = context.load_tokenizer(config.tokenizer, model["path"])
     shape = context.shape_of(model, tokenizer.vocab_size if tokenizer else 0)
     spec = context.model_spec(shape, model)
-    loss = losses.get(stage.loss.name, **{k: v for k, v in stage.loss.items() if k != "name"})
+    loss = losses.from_section(stage.loss.to_dict())
     batch = arguments.batch or stage.batch_size
     for flag, value in (("batch", batch), ("length", arguments.length), ("slots", arguments.slots),
                         ("completions", arguments.completions)):
@@ -115,14 +115,14 @@ def _mesh(text: str, section) -> dict[str, int]:
 
 def _given(arguments, stage, mesh, batch: int) -> dict:
     """What the data would need, from the numbers of the command line."""
-    from alignax import data, stage_data
+    from alignax import data, losses, stage_data
     from alignax.types import ConfigError
 
     columns = arguments.length
     slots = arguments.slots or max(columns // 2, 1)
     if slots > columns:
         raise ConfigError(f"--slots={slots} is more than --length={columns}; a completion lies inside its row")
-    width = arguments.completions or (1 if stage.loss.name == "sft" else 2)
+    width = arguments.completions or (1 if losses.from_section(stage.loss.to_dict()).info.chosen_only else 2)
     if stage.layout.endswith("packed"):  # rows so many as tokens need them: full ones
         groups = stage_data.row_groups(mesh, stage.layout, stage.accumulation)
         rows = max(-(-batch // groups) * width, 1)
@@ -152,7 +152,7 @@ def _from_data(config, name: str, stage, spec, tokenizer, mesh, loss, batch: int
                   max_length=stage.max_length or spec.config.max_positions, truncation=stage.truncation)
     with console.status(f"reading {stage.data.path}"):
         train, held_out = stage_data.read(ctx, where, stage.data.to_dict(), limits=limits)
-    if stage.loss.name == "sft":
+    if loss.info.chosen_only:
         train, held_out = list(map(stage_data.first_only, train)), list(map(stage_data.first_only, held_out))
     stage_data.check(f"config.{name}", stage.data.path, train, loss=loss, batch_size=batch)
     plan = data.Plan(len(train), batch, config.seed)

@@ -2,7 +2,8 @@
 
     alignax train --config experiments/methods/dph.py --workdir runs/dph
 
-Cost: about a minute on two CPU cores. Expected: the stages finish, the reward head trained with the last one (no samples are compared).
+Cost: about a minute on two CPU cores. Expected: the stages finish, the reward head trained with the last one (no
+samples are compared).
 `:tiny` runs the same stages at toy size.
 """
 

@@ -37,11 +37,14 @@ def get(name: str) -> Format:
 def detect(examples: list[Mapping[str, Any]], where: str) -> Format:
     """The only format that accepts all example rows; the project's own layouts where no published one does.
 
-    Raises DataError naming the fields found where none accepts them, and the candidates where several do.
+    Where none accepts all of them, the only one that accepts the first: its reader then says which line is at fault,
+    and how. Raises DataError naming the fields found where none accepts them, and the candidates where several do.
     """
-    fitting = [f for f in FORMATS.values() if f.automatic and all(f.accepts(fields) for fields in examples)]
-    published = [f for f in fitting if f.name != PLAIN]
-    chosen = published or fitting
+    def accepting(rows):
+        fitting = [f for f in FORMATS.values() if f.automatic and all(f.accepts(fields) for fields in rows)]
+        return [f for f in fitting if f.name != PLAIN] or fitting
+
+    chosen = accepting(examples) or accepting(examples[:1])
     if len(chosen) == 1 and examples:
         return chosen[0]
     found = sorted({str(name) for fields in examples for name in fields})
