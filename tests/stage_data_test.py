@@ -135,6 +135,12 @@ def test_further_streams_are_laid_out_beside_the_pairs(mesh, layout, shapes):
         alone = data.padded(mine, K=len(mine[0].completions), T=16, L=8, pad_id=0)
         np.testing.assert_allclose(out[request], step.compute(SPEC, params, None, alone, {"logps"})["logps"], rtol=1e-4)
     assert (laid.other_shapes == {}) == (shapes == "batch")
+    # What a process of several lays out, where it holds all the devices, is the whole batch.
+    own = {name: (pick(other), laid._shape_of(name, pick(other))) for name, other in others.items()}
+    shared = laid._share(pick(RECORDS), laid.shape or data.plan_shape(pick(RECORDS), layout, 4), {}, own, {})
+    for name in others:
+        for one, two in zip(*(jax.tree.leaves(b.streams[name]) for b in (batch, shared)), strict=True):
+            np.testing.assert_array_equal(one, two)
 
 
 def test_streams_of_a_loss_are_made_from_its_data(mesh, tmp_path):

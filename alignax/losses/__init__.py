@@ -1,6 +1,7 @@
 """The index of losses. A loss is a pure function: positional names are requests, keyword names hyper-parameters.
 
 Adding one: write the function in its family file under `@method(...)`, import it here, list it in `_METHODS`.
+`compose` makes one from parts by name, `weighted_sum` from losses; see alignax/losses/parts.py and composed.py.
 """
 
 from __future__ import annotations
