@@ -382,7 +382,8 @@ def grids():
     return tuple(map(jnp.asarray, (tokens, segment, prefix, position))), alone, shared
 
 
-@each
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("llama", "gemma2", "baichuan alibi") else
+                                                pytest.mark.slow) for n in CONFIGS])
 def test_padding_sharing_a_prompt_and_decoding_change_nothing(name):
     config = CONFIGS[name]
     with jax.enable_x64(True):

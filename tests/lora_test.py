@@ -88,6 +88,7 @@ def finished(tmp_path_factory):
     return config, folder, train.run(config, folder)
 
 
+@pytest.mark.slow
 def test_a_run_stores_adapters_only(finished):
     config, folder, summary = finished
     stage = folder / "stages" / "method"
@@ -99,6 +100,7 @@ def test_a_run_stores_adapters_only(finished):
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["margin"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_its_base_with_the_adapters_merged(finished):
     config, folder, _ = finished
     tokenizer = context.load_tokenizer(config.tokenizer, "")
@@ -124,6 +126,7 @@ def test_an_unknown_target_is_refused_before_anything_runs(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_exported_merged_and_as_adapters(finished, tmp_path, capsys):
     """`alignax convert` writes the merged model and the adapters alone; the two say the same."""
     from alignax import cli

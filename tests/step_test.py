@@ -89,7 +89,8 @@ def same_move(a, b, start, tolerance):
 ONE_OF_EACH = ("sft", "dpo", "ipo", "simpo", "orpo", "rpo", "kto", "beta_dpo", "plackett_luce", "tdpo", "bt_rm", "aot")
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("dpo", "kto", "beta_dpo", "tdpo") else
+                                                pytest.mark.slow) for n in ONE_OF_EACH])
 def test_a_step_in_micro_batches_is_the_whole_step(name, params, other):
     loss = losses.get(name)
     batch = batch_of(records())

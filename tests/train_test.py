@@ -312,7 +312,7 @@ def test_shared_prefix_layout_equals_padded(finished):
     np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
 def test_accumulation_changes_no_parameter(finished, loss):
     settings = dict(optim=dict(name="sgd", learning_rate=0.1), checkpoint_every=100, eval_every=100)
     whole, _ = finished(loss, **settings)
