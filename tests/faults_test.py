@@ -238,8 +238,9 @@ def test_a_disk_without_room_ends_the_run_with_a_message_and_the_rerun_resumes(w
     one = process(tmp_path, "limited.py", str(limit))
     out = one.communicate(timeout=280)[0]
     assert one.returncode == checkpoint.EXIT_DISK, out
-    last = out.strip().splitlines()[-1]
-    assert "could not be written (File too large)" in last and "run the same command again" in last, out
+    # In one line of ours; orbax's own threads may complain before and after it.
+    assert any("could not be written (File too large)" in line and "run the same command again" in line
+               for line in out.splitlines()), out
     two = process(tmp_path, "-m", "alignax.cli")
     out = two.communicate(timeout=280)[0]
     assert two.returncode == 0, out
