@@ -202,6 +202,7 @@ def test_bad_input_is_refused(arguments, message, capsys):
 def test_the_command_plans_without_data_and_counts_compilations_with_it(capsys, tmp_path):
     small = [f"--config.model.{k}={v}" for k, v in dict(vocab_size=0, hidden_size=8, intermediate_size=8, num_layers=1,
                                                         num_heads=1, num_kv_heads=1, head_dim=8).items()]
+    small.append("--config.shapes=batch")
     code, printed = run_plan([*small, "--length", "16", "--mesh", "data=4096", "--batch", "4096", "--json"], capsys)
     report = json.loads(printed.out)
     assert code == 0 and report["devices"] == 4096 and report["compilations"]["update"] is None
