@@ -124,8 +124,7 @@ def stage_adapters(workdir: pathlib.Path, stage: str) -> tuple[models.AdapterCon
 
 def adapters_like(config: models.DecoderConfig, adapters: models.AdapterConfig) -> Any:
     """The tree of jax.ShapeDtypeStruct of a stage's stored adapters."""
-    return jax.eval_shape(lambda: models.init_adapters(models.init_params(config, jax.random.key(0)), adapters,
-                                                       jax.random.key(0)))
+    return jax.eval_shape(lambda: models.init_adapters(models.abstract_params(config), adapters, jax.random.key(0)))
 
 
 def finished_stages(workdir: pathlib.Path, stages: Sequence[str]) -> list[str]:
@@ -199,6 +198,12 @@ def tokenizer_place(name: str, model_path: str) -> pathlib.Path:
         return models.resolve(name, weights=False)
     except ConfigError as error:
         raise ConfigError(f"config.tokenizer={error}") from error
+
+
+def template_place(name: str, model_path: str) -> str:
+    """Where the chat template of a run lies, beside its tokenizer; empty for the built-in one (see load_tokenizer)."""
+    source = name or model_path
+    return "" if not source or source.startswith("builtin:") else str(tokenizer_place(name, model_path))
 
 
 def text_policy(tokenizer: data.Tokenizer, model_path: str, *, add_bos: bool, eos_id: int) -> data.TextPolicy:

@@ -49,6 +49,22 @@ def read(ctx: Context, where: str, section: Mapping[str, Any], *, limits: Mappin
     return train, held_out
 
 
+def limits_of(stage: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+    """The bounds and the truncation rule of a stage, as data.tokenize_records takes them; 0 is no bound of its own."""
+    return dict(max_prompt=stage["max_prompt"] or None, max_completion=stage["max_completion"] or None,
+                max_length=stage["max_length"] or max_positions, truncation=stage["truncation"])
+
+
+def records(ctx: Context, where: str, section: Mapping[str, Any], *, limits: Mapping[str, Any], loss: losses.Loss,
+            batch_size: int) -> tuple[list, list]:
+    """`read`, cut to what the loss trains on, and checked against it. where: the stage's config key."""
+    train, held_out = read(ctx, f"{where}.data", section, limits=limits)
+    if loss.info.chosen_only:
+        train, held_out = list(map(first_only, train)), list(map(first_only, held_out))
+    check(where, section["path"], train, loss=loss, batch_size=batch_size)
+    return train, held_out
+
+
 def _with_aux_prompts(ctx: Context, records: list[data.TokenRecord], raw: Sequence[data.Record]) -> list:
     """The records with the ids of their `extra.aux_prompt`, where the data has that field."""
     given = {r.id: r for r in raw if "aux_prompt" in r.extra}
@@ -221,8 +237,7 @@ class Batches:
              others: Mapping[str, Records] | None = None) -> Batch:
         """Lays `records` out and puts them on the devices; `extra` arrays [B, ...] join batch.data, and `others`, of
         one record for each, become further streams."""
-        shape = self.shape or data.plan_shape(records, self.layout, self.multiples, groups=self.groups,
-                                              mismatched=self.mismatched, least=data.Shape(self.width, 1, 1, 1))
+        shape = self.shape_for(records)
         swapped = {"mismatched": data.mismatched(records)} if self.mismatched else {}
         own = {name: (rows, self._shape_of(name, rows)) for name, rows in (others or {}).items()}
         if jax.process_count() > 1:
@@ -231,6 +246,11 @@ class Batches:
         streams = {name: self._stream(rows, size, self.groups) for name, (rows, size) in own.items()}
         batch = dataclasses.replace(batch, data={**batch.data, **(extra or {})}, streams={**batch.streams, **streams})
         return sharding.shard_batch(batch, self.mesh)
+
+    def shape_for(self, records: Records) -> data.Shape:
+        """The shape in which `make` lays these records out."""
+        return self.shape or data.plan_shape(records, self.layout, self.multiples, groups=self.groups,
+                                             mismatched=self.mismatched, least=data.Shape(self.width, 1, 1, 1))
 
     def _shape_of(self, name: str, rows: Records) -> data.Shape:
         """A further stream has a shape of its own: other completions, and as many as it needs."""

@@ -75,10 +75,8 @@ def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | N
     mesh = sharding.make_mesh(sizes)
     models.check_remat(spec.remat, mesh.devices.flat[0], "config.model.remat")
     spec = dataclasses.replace(spec, activations=sharding.over_batch(mesh) if mesh.size > 1 else None)
-    source = config.tokenizer or config.model.path
     ctx = context.Context(workdir=workdir, spec=spec, initial=initial, tokenizer=tokenizer, text=text,
-                          tokenizer_source="" if source.startswith("builtin:") or not source else
-                          str(context.tokenizer_place(config.tokenizer, config.model.path)),
+                          tokenizer_source=context.template_place(config.tokenizer, config.model.path),
                           mesh=mesh, seed=config.seed, console=console, stop=context.Stop(),
                           rules=sharding.check_rules(config.mesh.rules, "config.mesh.rules"))
     prepared = {}
@@ -201,16 +199,12 @@ def _check_deterministic() -> None:
 
 def _records(ctx: context.Context, name: str, stage: ConfigDict) -> tuple[list, list, dict[str, list]]:
     """Tokenised (train, eval) records of a stage, checked against its loss, and its further streams over both."""
-    limits = dict(max_prompt=stage.max_prompt or None, max_completion=stage.max_completion or None,
-                  max_length=stage.max_length or ctx.spec.config.max_positions, truncation=stage.truncation)
-    loss, section = losses.from_section(stage.loss.to_dict()), stage.data.to_dict()
-    train, held_out = stage_data.read(ctx, f"config.{name}.data", section, limits=limits)
-    if loss.info.chosen_only:
-        train, held_out = map(stage_data.first_only, train), map(stage_data.first_only, held_out)
-    train, held_out = list(train), list(held_out)
-    stage_data.check(f"config.{name}", stage.data.path, train, loss=loss, batch_size=stage.batch_size)
-    return train, held_out, stage_data.other_streams(ctx, f"config.{name}.data", section, train + held_out, loss=loss,
-                                                     limits=limits)
+    section, limits = stage.to_dict(), stage_data.limits_of(stage.to_dict(), ctx.spec.config.max_positions)
+    loss = losses.from_section(section["loss"])
+    train, held_out = stage_data.records(ctx, f"config.{name}", section["data"], limits=limits, loss=loss,
+                                         batch_size=stage.batch_size)
+    return train, held_out, stage_data.other_streams(ctx, f"config.{name}.data", section["data"], train + held_out,
+                                                     loss=loss, limits=limits)
 
 
 def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, prepared, profile_steps) -> dict:

@@ -185,23 +185,13 @@ def _adapters(arguments, console) -> int:
     settings = context.stage_adapters(folder, stage)
     if settings is None:
         raise ConfigError(f"--stage={stage}: it trained all parameters and has no adapters; use --to-hf")
-    config = _shape(section, context.load_tokenizer(stored["tokenizer"], section["path"]).vocab_size)
+    config = context.shape_of(section, context.load_tokenizer(stored["tokenizer"], section["path"]).vocab_size)
     tree = checkpoint.load_tree(folder / "stages" / stage / "adapters", context.adapters_like(config, settings[0]))
     base = section["path"] if settings[1] == "model" else f"{folder} (stage {settings[1]}, exported by alignax convert)"
     peft_files.save_peft(out, config, settings[0], tree, base_model_name=base)
     console.print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}, adapters of {folder} (stage {stage})",
                   markup=False, highlight=False, soft_wrap=True)
     return 0
-
-
-def _shape(section: dict, vocab_size: int):
-    """The decoder's shape of a run's model section."""
-    from alignax import context, models
-
-    if section["path"]:
-        return models.read_config(context.model_folder(section["path"]))
-    shape = {k: v for k, v in section.items() if k in models.DecoderConfig.__dataclass_fields__}
-    return models.DecoderConfig(**shape | {"vocab_size": section["vocab_size"] or vocab_size})
 
 
 def _finished(arguments) -> tuple[pathlib.Path, dict, str]:
@@ -233,7 +223,7 @@ def _stage_source(arguments, scratch: pathlib.Path) -> _Source:
     folder, stored, stage = _finished(arguments)
     section, name = stored["model"], stored["tokenizer"]
     tokenizer = context.load_tokenizer(name, section["path"])
-    config = _shape(section, tokenizer.vocab_size)
+    config = context.shape_of(section, tokenizer.vocab_size)
     data.check_vocab(tokenizer, config.vocab_size)
     if context.stage_adapters(folder, stage) is None:
         params = _restore(folder / "stages" / stage / "params", config, arguments.dtype)

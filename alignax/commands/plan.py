@@ -136,25 +136,20 @@ def _given(arguments, stage, mesh, batch: int) -> dict:
 def _from_data(config, name: str, stage, spec, tokenizer, mesh, loss, batch: int, console) -> dict:
     """Reads the stage's records as the run would, and lays its batches out without filling them."""
     from alignax import context, data, stage_data
-    from alignax.types import REQUESTS, ConfigError
+    from alignax.types import ConfigError
 
     where, model_path = f"config.{name}.data", config.model.path
     if stage.data.path.startswith("stage:"):
         raise ConfigError(f"{where}.path={stage.data.path!r} is made by the run itself; give the sizes instead: "
                           "--length, --slots, --completions")
-    source = config.tokenizer or model_path
-    place = "" if not source or source.startswith("builtin:") else str(context.tokenizer_place(config.tokenizer,
-                                                                                              model_path))
     text = context.text_policy(tokenizer, model_path, **config.text.to_dict())
-    ctx = context.Context(workdir=pathlib.Path(), spec=spec, initial=None, tokenizer=tokenizer, tokenizer_source=place,
-                          text=text, mesh=mesh, seed=config.seed, console=_quiet(), stop=context.Stop())
-    limits = dict(max_prompt=stage.max_prompt or None, max_completion=stage.max_completion or None,
-                  max_length=stage.max_length or spec.config.max_positions, truncation=stage.truncation)
+    ctx = context.Context(workdir=pathlib.Path(), spec=spec, initial=None, tokenizer=tokenizer, text=text,
+                          tokenizer_source=context.template_place(config.tokenizer, model_path), mesh=mesh,
+                          seed=config.seed, console=_quiet(), stop=context.Stop())
+    limits = stage_data.limits_of(stage.to_dict(), spec.config.max_positions)
     with console.status(f"reading {stage.data.path}"):
-        train, held_out = stage_data.read(ctx, where, stage.data.to_dict(), limits=limits)
-    if loss.info.chosen_only:
-        train, held_out = list(map(stage_data.first_only, train)), list(map(stage_data.first_only, held_out))
-    stage_data.check(f"config.{name}", stage.data.path, train, loss=loss, batch_size=batch)
+        train, held_out = stage_data.records(ctx, f"config.{name}", stage.data.to_dict(), limits=limits, loss=loss,
+                                             batch_size=batch)
     plan = data.Plan(len(train), batch, config.seed)
     steps = stage.steps or plan.num_steps(stage.epochs)
     watched = held_out or train[:batch]
@@ -165,12 +160,9 @@ def _from_data(config, name: str, stage, spec, tokenizer, mesh, loss, batch: int
     if laid.shape is not None:
         return {"shape": laid.shape, "steps": steps, "update": 1, "evaluation": len({b - a for a, b in cuts}),
                 "source": stage.data.path}
-    mismatched = any(REQUESTS[q].stream == "mismatched" for q in loss.requests)
-    shape_of = lambda records: data.plan_shape(records, stage.layout, stage.bucket_multiple, groups=laid.groups,
-                                               mismatched=mismatched, least=data.Shape(laid.width, 1, 1, 1))
     with console.status("laying out the batches"):
-        shapes = {shape_of([train[i] for i in plan.batch_indices(number)]) for number in range(steps)}
-        evaluated = {(b - a, shape_of(watched[a:b])) for a, b in cuts}
+        shapes = {laid.shape_for([train[i] for i in plan.batch_indices(number)]) for number in range(steps)}
+        evaluated = {(b - a, laid.shape_for(watched[a:b])) for a, b in cuts}
     largest = max(shapes, key=lambda s: (s.T * s.rows, s.L))
     return {"shape": largest, "steps": steps, "update": len(shapes), "evaluation": len(evaluated),
             "source": stage.data.path}
