@@ -113,6 +113,18 @@ def test_check_of_files(run, folder):
     assert code == 1 and json.loads(text)["limits"]["dropped"] == {"max_length": 40}
 
 
+def test_show_and_check_of_a_mixture(run):
+    spec = "a=pairs.jsonl@3; b=leaky.jsonl@1"
+    code, text, _ = run("show", spec, "--json", "--n", "50")
+    assert code == 0
+    sources = [json.loads(row)["record"]["id"].partition("/")[0] for row in text.splitlines()]
+    assert len(sources) > 40 and abs(sources.count("a") - 3 * sources.count("b")) <= 3
+    code, text, _ = run("check", spec, "--tokenizer", "full")
+    assert code in (0, 1) and "histogram" in text
+    code, _, error = run("show", spec, "--format", "alignax")
+    assert code == 2 and "not for a mixture" in error
+
+
 def test_show_marks_what_is_scored(run):
     code, text, _ = run("show", "pairs.jsonl", "--tokenizer", "full", "--n", "1", "--start", "2")
     assert code == 0 and "record 2 of 40  id r2  pairs.jsonl:3  margin 0.5" in text
@@ -146,7 +158,8 @@ def test_policy_and_template_of_the_tokenizer_folder(run):
     (["check", "pairs.jsonl", "--format", "nope"], "format is 'nope', allowed are 'auto' and ['alignax'"),
     (["check", "pairs.jsonl", "--max-length", "9"], "--max-length needs --tokenizer"),
     (["check", "pairs.jsonl", "--template", "chatml"], "--template needs --tokenizer"),
-    (["check", "pairs.jsonl", "--tokenizer", "absent"], "--tokenizer=absent: no such file or folder"),
+    (["check", "pairs.jsonl", "--tokenizer", "absent"], "--tokenizer='absent': no such folder, and not to be had"),
+    (["check", "pairs.jsonl", "--tokenizer", "builtin:x"], "the only built-in one is builtin:stories"),
     (["check", "pairs.jsonl", "--tokenizer", "none"], "names the end token"),
     (["check", "pairs.jsonl", "--tokenizer", "full", "--eos-id", "7"], "--eos-id=7: the end token of"),
     (["check", "turns.jsonl", "--tokenizer", "full", "--template", "absent"], "no chat template in 'absent'"),

@@ -276,6 +276,7 @@ def test_the_same_rows_come_back_from_every_kind_of_file(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     (tmp_path / "c.json").write_text(json.dumps([row]), "utf-8")
     (tmp_path / "d.json").write_text(json.dumps(row) + "\n", "utf-8")
+    (tmp_path / "f.json").write_text(json.dumps(row, indent=4), "utf-8")
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(row)
@@ -283,10 +284,23 @@ def test_the_same_rows_come_back_from_every_kind_of_file(tmp_path):
     (tmp_path / "e.csv").write_text("\ufeff" + text.getvalue(), "utf-8", newline="")
     want = to_json(read_jsonl(tmp_path / "a.jsonl")[0])
     assert want["completions"] == ["b", "a"] and want["extra"] == {"models": ["n", "m"]}
-    for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.json", "e.csv"):
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.json", "e.csv", "f.json"):
         [record] = read(tmp_path / name)
         assert to_json(record) == want, name
         assert record.line == {"e.csv": 2}.get(name, 1)
+
+
+def test_a_folder_with_a_file_for_every_problem_of_math(tmp_path):
+    """The layout in which the authors of MATH publish: one object per file, by split and subject."""
+    for number, subject in enumerate(("algebra", "geometry")):
+        folder = tmp_path / "train" / subject
+        folder.mkdir(parents=True)
+        row = {"problem": f"What is 1 + {number}?", "level": "Level 1", "type": subject,
+               "solution": f"It is $\\boxed{{{number + 1}}}$."}
+        (folder / "1.json").write_text(json.dumps(row, indent=4), "utf-8")
+    records = read(tmp_path, split="train", ledger=Ledger())
+    assert [r.extra["answer"] for r in records] == ["1", "2"]
+    assert [r.place for r in records] == [f"{tmp_path}/train/{subject}/1.json:1" for subject in ("algebra", "geometry")]
 
 
 def test_csv_and_json_faults_name_the_line(tmp_path):
@@ -303,7 +317,8 @@ def test_csv_and_json_faults_name_the_line(tmp_path):
     assert [r.labels for r in read(path)] == [(1.0,), None]
     path = tmp_path / "a.json"
     for text, words in (("[1]", ":1: expected a JSON object"), ("3", ":1: expected a JSON list"),
-                        ('[{"text": "a"},\n{"text"}]', ":2: broken JSON"), ("", ":1: broken JSON")):
+                        ('[{"text": "a"},\n{"text"}]', ":2: broken JSON"), ("", ":1: broken JSON"),
+                        ('{\n"text": "a",\n"prompt"\n}', ":4: broken JSON"), ('{"text": "a",\n', ":1: broken JSON")):
         path.write_text(text)
         with pytest.raises(DataError, match=re.escape(f"{path}{words}")):
             read(path)

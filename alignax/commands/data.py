@@ -56,7 +56,8 @@ def _add_show(actions) -> None:
                     "unscored ones of a completion in yellow, special tokens in braces with their role. Where the "
                     "output is no terminal, and with --plain, scored text stands in double brackets.",
         epilog="exit codes: 0 shown, 2 bad input")
-    parser.add_argument("path", metavar="PATH", help="a file, a folder of files, or a prepared folder")
+    parser.add_argument("path", metavar="PATH",
+                        help="a file, a folder of files, a prepared folder, or a mixture \"name=path@weight; ...\"")
     _add_reading(parser)
     _add_tokens(parser)
     parser.add_argument("--n", type=int, default=2, help="how many records (default 2)")
@@ -76,7 +77,8 @@ def _add_check(actions) -> None:
                     "out, and what the limits would cut or drop. Every file, and every split of a prepared folder, "
                     "is a part of its own.",
         epilog="exit codes: 0 no errors (warnings do not count), 1 errors found, 2 bad input")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders of files, or prepared folders")
+    parser.add_argument("paths", nargs="+", metavar="PATH",
+                        help="files, folders of files, prepared folders, or a mixture \"name=path@weight; ...\"")
     _add_reading(parser)
     _add_tokens(parser)
     parser.add_argument("--png", metavar="FILE", help="draw the lengths into this file too")
@@ -95,8 +97,8 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 def _add_tokens(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tokens")
-    group.add_argument("--tokenizer", metavar="FOLDER", help="a Hugging Face folder, a tokenizer.json, or "
-                                                             "builtin:stories")
+    group.add_argument("--tokenizer", metavar="FOLDER", help="a Hugging Face folder, a tokenizer.json, a model of "
+                                                             "the Hub (name, or name@revision), or builtin:stories")
     group.add_argument("--template", metavar="NAME", default="auto",
                        help="chat template of messages: chatml, plain, hh, a Jinja file, a Hugging Face folder, none "
                             "(default auto: the one of --tokenizer where it has one)")
@@ -218,8 +220,14 @@ def _ledger():
 
 def _read(path: str, split: str | None, arguments, ledger) -> list:
     """All records; those without a preference are kept, so that they are shown and reported."""
-    from alignax.data import store
+    from alignax.data import mixture, store
+    from alignax.types import ConfigError
 
+    if "=" in path and not pathlib.Path(path).exists():
+        if split or arguments.format != "auto":
+            raise ConfigError("--split and --format are not for a mixture: its sources are files and folders whose "
+                              "layout is found by itself")
+        return mixture.load_mixture(path, epochs=1.0, on_identical="keep", ledger=ledger).records
     return store.load_records(path, format=arguments.format, split=split, on_identical="keep", ledger=ledger)
 
 
@@ -239,7 +247,7 @@ def _limits(arguments) -> dict[str, int | None]:
 
 def _tokens(arguments, records):
     """(tokenizer, policy, template) of the arguments, or None without --tokenizer. ConfigError on what is missing."""
-    from alignax import context
+    from alignax import context, models
     from alignax.data import chat
     from alignax.types import ConfigError
 
@@ -250,8 +258,13 @@ def _tokens(arguments, records):
             raise ConfigError(f"{name} needs --tokenizer: it is about tokens")
         return None
     name = arguments.tokenizer
+    if name.startswith("builtin:") and name != "builtin:stories":
+        raise ConfigError(f"--tokenizer={name}: the only built-in one is builtin:stories")
     if not name.startswith("builtin:") and not pathlib.Path(name).exists():
-        raise ConfigError(f"--tokenizer={name}: no such file or folder; or builtin:stories")
+        try:
+            name = str(models.resolve(name, weights=False))
+        except ConfigError as error:
+            raise ConfigError(f"--tokenizer={error}") from error
     tokenizer = context.load_tokenizer(name, "")
     policy = _policy(tokenizer, pathlib.Path(name), arguments)
     if arguments.template == "none":

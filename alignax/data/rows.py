@@ -1,7 +1,8 @@
 """Rows of a file as plain objects: JSON lines, a JSON list, CSV (all three plain or gzipped), Parquet.
 
-A .json file may hold either a list or one object per line, as several published sets do. Each row comes with its
-line, counted from 1: the line of the file for JSON lines and CSV, the number of the entry for a list and Parquet.
+A .json file may hold a list, one object per line, or one object over many lines, as several published sets do. Each
+row comes with its line, counted from 1: the line of the file for JSON lines and CSV, the number of the entry for a list
+and Parquet.
 What cannot be read is a DataError with file and line; nothing is repaired or skipped.
 """
 
@@ -79,10 +80,11 @@ def json_lines(path: Path, ledger: Ledger) -> Iterator[tuple[int, dict[str, Any]
 
 
 def _json(path: Path, ledger: Ledger) -> Iterator[tuple[int, dict[str, Any]]]:
-    """A list, or objects line by line, told apart by the first character."""
-    first = next((raw.strip()[:1] for _, raw in _raw_lines(path) if raw.strip()), b"")
-    if first == b"{":
-        yield from json_lines(path, ledger)
+    """A list, objects line by line, or one object over several lines, told apart by the first line with text."""
+    first = next((raw.strip() for _, raw in _raw_lines(path) if raw.strip()), b"")
+    if first.startswith(b"{"):
+        single = _single(path) if not first.endswith(b"}") else None
+        yield from [(1, single)] if single is not None else json_lines(path, ledger)
         return
     lines = [_text(path, number, raw) for number, raw in _raw_lines(path)]
     try:
@@ -93,6 +95,18 @@ def _json(path: Path, ledger: Ledger) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}:1: expected a JSON list of objects, found {type(value).__name__}")
     for number, item in enumerate(value, 1):
         yield number, _object(path, number, item)
+
+
+def _single(path: Path) -> dict[str, Any] | None:
+    """The object that is the whole file, or None where the file is something else (whose reader says what)."""
+    lines = [_text(path, number, raw) for number, raw in _raw_lines(path)]
+    try:
+        return _object(path, 1, json.loads("".join(lines), object_pairs_hook=unique_fields))
+    except (ValueError, RecursionError) as error:
+        # One object begun and not finished over lines: its own error is at a later line than that of JSON lines.
+        if getattr(error, "lineno", 1) > 1 and lines[0].strip() == "{":
+            raise DataError(f"{path}:{error.lineno}: broken JSON: {error}") from error
+        return None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
