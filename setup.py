@@ -19,7 +19,7 @@ EXTRAS = {
     "data": ["tensorflow-datasets>=4.9.9", "array_record>=0.7", "grain>=0.2.10", "pyarrow>=15.0"],
     "test": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "scipy>=1.13"],
     # torch's default wheel brings CUDA: `make test-all` installs $(TORCH) before this extra.
-    "parity": ["torch>=2.6", "transformers>=5.0", "trl>=1.0", "peft>=0.13"],
+    "parity": ["torch>=2.6", "transformers>=5.0", "trl>=1.0", "peft>=0.13", "rax>=0.4"],
     "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
     "wandb": ["wandb>=0.18"],
     "cuda12": ["jax[cuda12]>=0.6"],

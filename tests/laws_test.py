@@ -11,73 +11,19 @@ import numpy as np
 import pytest
 
 from alignax import losses
+from alignax.losses import laws
+from alignax.losses.laws import NO_GRADIENT, masked_out, split
 from alignax.ops.reductions import reduce_terms
 from alignax.types import REQUESTS
 
-B, L = 4, 5
 ALL = losses.names()
 PERMUTED = {"beta_dpo": {"drop": 0.0}}  # its filter draws by position; with nothing dropped the draw has no effect
-# Whose gradient must stop in the loss: everything computed without one, and what people or judges gave.
-NO_GRADIENT = {r.name for r in REQUESTS.values() if r.provider in ("policy", "reference", "head") and not r.grad}
-NO_GRADIENT |= {"scores", "labels", "weights", "token_rewards", "segment_scores", "advantages"}
 # D3PO's window holds log-ratios below 0.11 only; elsewhere its gradient is 0 as it should be.
 NEAR = {"d3po": 0.03}
 
 
-def inputs_of(name, *, seed=0, dtype=np.float32, scale=1.0):
-    """Plausible arrays for the requests of a loss: lists have K = 3, pairs 2; scale multiplies the log-probs."""
-    loss = losses.get(name)
-    size = loss.info.completions or 3
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, L + 1, (B, size))
-    lengths[1, 0] = L
-    mask = np.arange(L)[None, None] < lengths[..., None]
-    axes = {"B": (B,), "BK": (B, size), "BKL": (B, size, L), "BKLL": (B, size, L, L), "BE": (B, 7), "BKC": (B, 3, 4),
-            "BKLD": (B, size, L, 3), "BKLH": (B, size, L, 2)}
-    out = {}
-    for request in (REQUESTS[r] for r in loss.requests):
-        shape = axes.get(request.axes, ())
-        if request.name == "key":
-            value = jax.random.key(seed)
-        elif request.name == "state":
-            value = loss.init_state()
-        elif request.name == "mask":
-            value = mask
-        elif request.name == "valid":
-            value = np.ones(shape, bool)
-            value[0, -1] = size == 1  # one list is shorter
-        elif request.name == "lengths":
-            value = lengths.astype(dtype)
-        elif request.name == "labels":
-            value = (rng.random(shape) < 0.5).astype(dtype)
-            value[0, 0], value[1, 0] = 1, 0
-        elif request.name == "scores":
-            value = -np.sort(-rng.normal(size=shape), axis=1).astype(dtype)
-        elif request.name in ("rewards", "margins"):
-            value = (scale * rng.normal(size=shape)).astype(dtype)
-        elif request.name == "targets":
-            value = rng.integers(0, 3, shape).astype(np.int32)
-            value[1, 0] = 1  # one full completion repeats itself
-        elif request.name == "diff":
-            value = rng.random(shape) < 0.5
-        elif request.name == "steps":
-            value = np.cumsum(rng.random(shape) < 0.5, -1).astype(np.int32) - 1  # -1: before the first step
-        elif request.name in ("annotator", "ids"):
-            value = np.arange(B, dtype=np.int32) % 2
-        elif request.name.endswith("logps") or request.name == "log_sum_sq":
-            value = (-scale * rng.uniform(0.1, 3.0, shape)).astype(dtype)
-            if request.name == "kl_ref_logps":
-                value -= scale  # so that KTO's clamped baseline is positive and takes part
-        else:
-            value = (scale * rng.uniform(0.0, 1.0, shape)).astype(dtype)
-        out[request.name] = value if request.name in ("key", "state") else jnp.asarray(value)
-    return out
-
-
-def split(inputs):
-    """(differentiable, rest)."""
-    rest = {n: v for n, v in inputs.items() if n in ("key", "state") or not jnp.issubdtype(v.dtype, jnp.floating)}
-    return {n: v for n, v in inputs.items() if n not in rest}, rest
+def inputs_of(name, **settings):
+    return laws.inputs_of(losses.get(name), **settings)
 
 
 @functools.cache
@@ -136,28 +82,11 @@ def test_every_float_hyper_parameter_may_be_traced(name):
         np.testing.assert_allclose(one[0], swept[0], rtol=1e-4)
 
 
-def _masks(name, inputs):
-    """Request -> where its entries are masked out."""
-    out = {}
-    for request, value in inputs.items():
-        if request in ("key", "state", "mask", "valid", "diff"):
-            continue
-        if REQUESTS[request].axes == "BKLL":
-            out[request] = ~(inputs["mask"][..., :, None] & inputs["mask"][..., None, :])
-        elif value.ndim == 4 and "mask" in inputs:
-            out[request] = jnp.broadcast_to(~inputs["mask"][..., None], value.shape)
-        elif value.ndim == 3 and "mask" in inputs:
-            out[request] = ~inputs["mask"]
-        elif value.ndim == 2 and "valid" in inputs:
-            out[request] = ~inputs["valid"]
-    return out
-
-
 @pytest.mark.parametrize("name", [n for n in ALL if {"mask", "valid"} & set(losses.get(n).requests)])
 @pytest.mark.parametrize("garbage", [1e30, -77.0, np.nan])
 def test_masked_entries_change_nothing_and_get_no_gradient(name, garbage):
     inputs = inputs_of(name)
-    masks = _masks(name, inputs)
+    masks = masked_out(inputs)
     assert masks and any(m.any() for m in masks.values())
     junk = lambda v: jnp.asarray(garbage if jnp.issubdtype(v.dtype, jnp.floating) else 1, v.dtype)
     dirty = {n: jnp.where(masks[n], junk(v), v) if n in masks else v for n, v in inputs.items()}
@@ -236,6 +165,7 @@ def test_float64_stays_float64(name):
         inputs = inputs_of(name, dtype=np.float64)
         value, gradient = value_and_grad(name, inputs)
         assert value.dtype == jnp.float64 and all(g.dtype == jnp.float64 for g in gradient.values())
+        assert laws.dtypes(losses.get(name), inputs) == {"float64"}
         single = {n: v.astype(jnp.float32) if n not in ("key", "state") and v.dtype == jnp.float64 else v
                   for n, v in inputs.items()}
         np.testing.assert_allclose(value_and_grad(name, single)[0], value, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 Adding one: write the function in its family file under `@method(...)`, import it here, list it in `_METHODS`.
 `compose` makes one from parts by name, `weighted_sum` from losses; see alignax/losses/parts.py and composed.py.
+`from_function` makes one outside the index, and `laws.check` says which laws a loss obeys (alignax/losses/laws.py).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from alignax.losses.direct import (
 )
 from alignax.losses.graded import phf_awr, phf_filtering, phf_rwr, phf_unlikelihood
 from alignax.losses.listwise import aft, aft_ranking, exo_list, lipo, pro, rrhf
-from alignax.losses.loss import Loss, check_keys, check_values, split_signature
+from alignax.losses.loss import Loss, from_function, split_signature
 from alignax.losses.margins import (
     ilr_dpo,
     lcpo,
@@ -200,12 +201,7 @@ def get(name: str, **hyper: Any) -> Loss:
         return compose(**hyper)
     if name == SUM:
         return weighted_sum(hyper.pop("weights", {}), **hyper)
-    id = _resolve(name)
-    function = INDEX[id]
-    requests, resolved = split_signature(function)
-    check_keys(id, hyper, resolved)
-    check_values(id, hyper, resolved, function.info.limits)
-    return Loss(id, function, requests, {**resolved, **hyper}, function.info)
+    return from_function(INDEX[_resolve(name)], **hyper)
 
 
 def weighted_sum(weights: Mapping[str, float], **hyper: Mapping[str, Any]) -> Loss:

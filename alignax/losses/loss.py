@@ -69,6 +69,22 @@ class Loss:
         return None if self.info.init_state is None else self.info.init_state()
 
 
+def from_function(function: Callable, **hyper: Any) -> Loss:
+    """The Loss of a function under `@method(...)`, of the index or not, with `hyper` over its defaults.
+
+    Raises ConfigError for a function without @method, a signature that split_signature refuses, an unknown key, a value
+    whose type cannot stand for the default's, and a plain number outside the method's limits. Traced values are taken
+    as they are.
+    """
+    info = getattr(function, "info", None)
+    if info is None:
+        raise ConfigError(f"{function.__module__}.{function.__name__} has no @method(...) above it")
+    requests, resolved = split_signature(function)
+    check_keys(info.id, hyper, resolved)
+    check_values(info.id, hyper, resolved, info.limits)
+    return Loss(info.id, function, requests, {**resolved, **hyper}, info)
+
+
 def check_keys(name: str, given: Mapping[str, Any], legal: Mapping[str, Any]) -> None:
     """ConfigError for a hyper-parameter of loss `name` that is not in `legal`, with near and legal ones."""
     unknown = [key for key in given if key not in legal]
