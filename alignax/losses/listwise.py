@@ -215,10 +215,10 @@ def aft(logps: Array, lengths: Array, labels: Array, valid: Array, *, beta: Any 
     boundary: log(1 + sum_pq [e^(s_q - s_p) + e^(T_p - s_q)]), T_p = sg[2 (min_p s_p - beta) - s_p], which holds a
     wrong answer at beta below the worst right one.
 
-    All arrays [B, K]; constraint is static. Two terms by pairs (one value per prompt): `alignment`, and `nll` =
-    -S / n of the first right answer, which stands for the reference solution, with scale sft_weight. An empty group
-    gives alignment 0. Source: arXiv 2309.02144 through a full summary (the text itself could not be read); the
-    constancy of T and the default of beta are ours.
+    All arrays [B, K]; constraint is static. Two terms by pairs (one value per prompt): `alignment`, and `nll` = -S /
+    n of the first right answer, which stands for the reference solution, with scale sft_weight, over the prompts that
+    have one. An empty group gives alignment 0. Source: arXiv 2309.02144 through a full summary (the text itself could
+    not be read); the constancy of T and the default of beta are ours.
     """
     valid = jnp.asarray(valid, bool)
     right = valid & (floats(labels) > 0.5)

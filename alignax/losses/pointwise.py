@@ -97,13 +97,13 @@ def bco_shift(rewards: jax.Array, good: jax.Array, valid: jax.Array, state: Any,
     rewards, good, valid: [B, K]. The mean of the two classes' means, of one where the other was never seen, or with
     `pooled` the mean over all completions. state: as `bco_state`.
     """
-    new_state = {}
+    exact = {}  # the state is rounded to float32 when it is kept, not before it is used
     for name, kept in (("good", valid & good), ("bad", valid & ~good)):
         total, count = weighted_sum_count(jax.lax.stop_gradient(rewards), kept)
-        new_state[f"{name}_sum"] = (state[f"{name}_sum"] + total).astype(jnp.float32)
-        new_state[f"{name}_count"] = (state[f"{name}_count"] + count).astype(jnp.float32)
-    totals = jnp.stack([new_state["good_sum"], new_state["bad_sum"]])
-    counts = jnp.stack([new_state["good_count"], new_state["bad_count"]])
+        exact[f"{name}_sum"], exact[f"{name}_count"] = state[f"{name}_sum"] + total, state[f"{name}_count"] + count
+    new_state = {name: value.astype(jnp.float32) for name, value in exact.items()}
+    totals = jnp.stack([exact["good_sum"], exact["bad_sum"]])
+    counts = jnp.stack([exact["good_count"], exact["bad_count"]])
     seen = counts > 0
     means = jnp.where(seen, totals / jnp.where(seen, counts, 1), 0)
     return masked_mean(means, counts if pooled else seen).astype(rewards.dtype), new_state

@@ -28,8 +28,9 @@ def _ratios(token_logps: Any, ref_token_logps: Any, mask: jax.Array) -> jax.Arra
 def _contrast(steps: jax.Array, labels: Any, mask: jax.Array, alpha: Any, lam: Any, gamma: Any,
               bc_weight: Any, logps: Any) -> Terms:
     """CPL's loss on step values, soft in the label, and its behaviour-cloning term."""
-    discount = jnp.asarray(gamma, steps.dtype) ** jnp.arange(steps.shape[-1], dtype=steps.dtype)
-    first, second = pair("token_logps", alpha * (discount[None, None] * steps).sum(-1))
+    number = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)  # of the action: what others wrote in between takes no time
+    discount = jnp.asarray(gamma, steps.dtype) ** number.astype(steps.dtype)
+    first, second = pair("token_logps", alpha * (discount * steps).sum(-1))
     one, two = pair("labels", floats(labels))
     share = jax.lax.stop_gradient(jnp.clip((1 + one - two) / 2, 0, 1))
     values = share * links.logistic(first - lam * second) + (1 - share) * links.logistic(second - lam * first)
@@ -41,11 +42,11 @@ def cpl(token_logps: Array, labels: Array, mask: Array, *, alpha: Any = 0.1, lam
         bc_weight: Any = 0.0) -> Terms:
     """Contrastive preference learning: sp(-(A+ - lam A-)), A = alpha sum_t gamma^t log pi(a_t | s_t).
 
-    labels: [B, 2]; segment 0 is preferred with share (1 + l_0 - l_1) / 2, so (1, 0), (0, 1) and a tie (equal labels)
-    give 1, 0 and 1/2; a soft label mixes the two orders. lam in (0, 1] is the conservative bias. token_logps, mask:
-    [B, 2, L]. Two terms: `preference` by pairs, and `cloning`, the mean of -log pi over all steps of both segments,
-    with scale bc_weight (CPL-BC: 1, with lam 1). Source: arXiv 2310.13639, jhejna/cpl (gamma 1 there). Left out:
-    rankings of more than two segments, behaviour-cloning pre-training.
+    t counts the scored tokens. labels: [B, 2]; segment 0 is preferred with share (1 + l_0 - l_1) / 2, so (1, 0),
+    (0, 1) and a tie (equal labels) give 1, 0 and 1/2; a soft label mixes the two orders. lam in (0, 1] is the
+    conservative bias. token_logps, mask: [B, 2, L]. Two terms: `preference` by pairs, and `cloning`, the mean of
+    -log pi over all steps of both segments, with scale bc_weight (CPL-BC: 1, with lam 1). Source: arXiv 2310.13639,
+    jhejna/cpl (gamma 1 there). Left out: rankings of more than two segments, behaviour-cloning pre-training.
     """
     mask = jnp.asarray(mask, bool)
     return _contrast(_steps(token_logps, mask), labels, mask, alpha, lam, gamma, bc_weight, token_logps)
