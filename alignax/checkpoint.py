@@ -192,12 +192,16 @@ def save_tree(folder: pathlib.Path | str, tree: Any) -> None:
         checkpointer.save(pathlib.Path(folder).absolute(), tree, force=True)
 
 
-def load_tree(folder: pathlib.Path | str, like: Any) -> Any:
-    """Reads a tree saved by `save_tree` into the structure of `like`. Raises ConfigError where they differ."""
+def load_tree(folder: pathlib.Path | str, like: Any, shardings: Any = None) -> Any:
+    """Reads a tree saved by `save_tree` into the structure and dtypes of `like`. Raises ConfigError where they differ.
+
+    shardings: a tree like it; every array is then read into its shards, in runs of many processes too."""
     folder = pathlib.Path(folder).absolute()
     if not folder.exists():
         raise ConfigError(f"{folder}: no parameters are stored there")
-    if jax.process_count() > 1:  # an array on one process's device is no target that all could restore to
+    if shardings is not None:
+        like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings)
+    elif jax.process_count() > 1:  # an array on one process's device is no target that all could restore to
         like = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
     with ocp.StandardCheckpointer() as checkpointer:
         try:

@@ -140,25 +140,35 @@ def model_folder(model_path: str) -> pathlib.Path:
         raise ConfigError(f"config.model.path={error}") from error
 
 
-def load_model(model: dict, *, vocab_size: int, seed: int) -> tuple[ModelSpec, Any]:
+def load_model(model: dict, *, vocab_size: int, seed: int, mesh: jax.sharding.Mesh | None = None,
+               rules: sharding.Rules = sharding.DEFAULT_RULES) -> tuple[ModelSpec, Any]:
     """Decoder and starting parameters from a model section (plain dict), in the section's `dtype`.
 
     `path` is a Hugging Face folder, the name of one on the Hub, a folder of `alignax convert --to-native`, or empty for
-    random parameters. Raises ConfigError for a folder that is missing or a model that alignax does not know.
+    random parameters. mesh: parameters are read or drawn where `rules` place them, and no device holds all of them;
+    None: on the default device. The values do not depend on it. Raises ConfigError for a folder that is missing or a
+    model that alignax does not know.
     """
     dtype = model.get("dtype", "float32")
+
+    def placed(config):
+        like = {"model": models.abstract_params(config, dtype)}
+        return like, None if mesh is None else sharding.param_shardings(like, mesh, rules)["model"]
+
     if model["path"]:
         path = model_folder(model["path"])
         if (path / models.NATIVE).is_dir():
             config = models.read_config(path)
-            like = {"model": models.abstract_params(config)}
-            stored = checkpoint.load_tree(path / models.NATIVE, like)["model"]
-            params = jax.tree.map(lambda a: jnp.asarray(a, dtype), stored)
+            like, shardings = placed(config)
+            params = checkpoint.load_tree(path / models.NATIVE, like, shardings and {"model": shardings})["model"]
         else:
-            config, params = models.load(path, dtype)
+            shardings = placed(models.read_config(path))[1]
+            config, params = models.load(path, dtype, shardings=shardings)
     else:
         config = shape_of(model, vocab_size)
-        params = models.init_params(config, jax.random.key(seed), dtype)
+        draw = lambda key: models.init_params(config, key, dtype)
+        # Compiled on one device too, so that every mesh has the same bits.
+        params = jax.jit(draw, out_shardings=placed(config)[1])(jax.random.key(seed))
     return model_spec(config, model), {"model": params}
 
 
@@ -170,15 +180,19 @@ def shape_of(model: dict, vocab_size: int) -> models.DecoderConfig:
         except ConfigError as error:
             raise ConfigError(f"config.model.path={error}") from error
     shape = {k: v for k, v in model.items()
-             if k not in ("path", "remat", "head_megabytes", "unroll", "dtype")}
+             if k not in ("path", "remat", "head_megabytes", "unroll", "dtype", "attention")}
     shape["vocab_size"] = shape["vocab_size"] or vocab_size
     return models.DecoderConfig(**shape)
 
 
 def model_spec(config: models.DecoderConfig, model: dict) -> ModelSpec:
-    """What a forward pass needs besides parameters, from a model section; the logits' budget is that of one device."""
+    """What a forward pass needs besides parameters, from a model section; the logits' budget is that of one device.
+
+    Raises ConfigError for an attention that cannot run here."""
+    attention = models.choose_attention(model.get("attention", "auto"), config, model.get("dtype", "float32"),
+                                        jax.default_backend())
     return ModelSpec(config, remat=model["remat"], byte_budget=int(model["head_megabytes"] * 1e6),
-                     unroll=model["unroll"])
+                     unroll=model["unroll"], attention=attention)
 
 
 def load_tokenizer(name: str, model_path: str) -> data.Tokenizer:

@@ -1,9 +1,9 @@
 """Meshes and sharding rules: one global-array program on one device or many.
 
-A mesh has the axes data, fsdp and tensor. Batches are cut over data and fsdp together; parameters follow ordered
-(regex -> axes) rules on their path, first match wins. Optimiser state, master weights and reference end in the same
-paths as the parameters, so the same rules cut them alike. `data` of 2 and `fsdp` of 4 is hybrid sharding: two replicas,
-each cut over four devices.
+A mesh has the axes data, fsdp, sequence and tensor. Batches are cut over data and fsdp together, the columns of long
+rows over sequence; parameters follow ordered (regex -> axes) rules on their path, first match wins. Optimiser state,
+master weights and reference end in the same paths as the parameters, so the same rules cut them alike. `data` of 2 and
+`fsdp` of 4 is hybrid sharding: two replicas, each cut over four devices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from alignax.types import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 Rules = Sequence[tuple[str, Sequence]]
 
@@ -63,8 +63,8 @@ def _names(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) on `count` devices: missing axes have size 1, data takes the devices that are left.
+def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
+    """Sizes of AXES on `count` devices: missing axes have size 1, data takes the devices that are left.
 
     Raises ConfigError for an unknown axis or sizes whose product is not `count`.
     """
@@ -82,15 +82,15 @@ def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> tuple[int, int, i
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor over `devices` (all by default); see mesh_shape for sizes and errors."""
+    """A mesh with the axes AXES over `devices` (all by default); see mesh_shape for sizes and errors."""
     shape = mesh_shape(sizes, jax.device_count() if devices is None else len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     """The same mesh without devices, for tracing and lowering; missing axes have size 1."""
     shape = mesh_shape(sizes, math.prod(sizes.values()))
-    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def path_name(path) -> str:
@@ -118,8 +118,17 @@ def param_shardings(params, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RU
 
 
 def over_batch(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The leading axis cut over data and fsdp together, everything else whole: batches and activations."""
+    """The leading axis cut over data and fsdp together, everything else whole: batches."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def over_activations(mesh: Mesh | AbstractMesh) -> NamedSharding | None:
+    """How activations [R,T,...] lie: rows as in over_batch, columns over `sequence`; None on one device."""
+    if mesh.size == 1:
+        return None
+    if mesh.shape["sequence"] == 1:
+        return over_batch(mesh)
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
 
 
 def shard_batch(batch, mesh: Mesh):

@@ -187,7 +187,7 @@ def run_plan(arguments, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--mesh", "model=2"], "'model=2'; allowed: AXIS=N with the axes data, fsdp, tensor"),
+    (["--mesh", "model=2"], "'model=2'; allowed: AXIS=N with the axes data, fsdp, sequence, tensor"),
     (["--stage", "sft"], "--stage=sft; allowed, the train stages of this config: train"),
     (["--device", "abacus"], "'abacus'; allowed: one of h100"),
     (["--length", "8", "--slots", "9"], "--slots=9 is more than --length=8"),

@@ -221,7 +221,7 @@ def _stage_source(arguments, scratch: pathlib.Path) -> _Source:
     from alignax import context, data
 
     folder, stored, stage = _finished(arguments)
-    section, name = stored["model"], stored["tokenizer"]
+    section, name = stored["model"] | {"attention": "auto"}, stored["tokenizer"]
     tokenizer = context.load_tokenizer(name, section["path"])
     config = context.shape_of(section, tokenizer.vocab_size)
     data.check_vocab(tokenizer, config.vocab_size)

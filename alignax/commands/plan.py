@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 def add(commands) -> None:
@@ -22,7 +22,7 @@ def add(commands) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a Python file with get_config([arg])")
     parser.add_argument("--stage", default="", metavar="NAME", help="which train stage (default: the last one)")
     parser.add_argument("--mesh", default="", metavar="AXIS=N,...",
-                        help="sizes of data, fsdp and tensor (default: the config's, with data at least 1)")
+                        help="sizes of data, fsdp, sequence and tensor (default: the config's, with data at least 1)")
     parser.add_argument("--batch", type=int, default=0, metavar="N", help="prompts of an update over all devices "
                                                                           "(default: the stage's batch_size)")
     parser.add_argument("--length", type=int, default=0, metavar="T",
@@ -54,7 +54,8 @@ def run(arguments, console) -> int:
     if not arguments.length or not (model["path"] or model["vocab_size"]):
         tokenizer = context.load_tokenizer(config.tokenizer, model["path"])
     shape = context.shape_of(model, tokenizer.vocab_size if tokenizer else 0)
-    spec = context.model_spec(shape, model)
+    # Kernels cannot be compiled without their device.
+    spec = context.model_spec(shape, model | {"attention": "xla"})
     loss = losses.from_section(stage.loss.to_dict())
     batch = arguments.batch or stage.batch_size
     for flag, value in (("batch", batch), ("length", arguments.length), ("slots", arguments.slots),
@@ -64,7 +65,7 @@ def run(arguments, console) -> int:
     if arguments.length:
         needed = _given(arguments, stage, mesh, batch)
     else:
-        needed = _from_data(config, name, stage, spec, tokenizer, mesh, loss, batch, console)
+        needed = from_data(config, name, stage, spec, tokenizer, mesh, loss, batch, console)
     adapters = models.AdapterConfig(**stage.lora.to_dict()) if stage.lora.rank else None
     optimizer = optim.from_section(stage.optim.to_dict(), max(needed["steps"], stage.optim.warmup_steps, 1))
     setup = planning.make_setup(spec, loss, optimizer, dtype=model["dtype"], adapters=adapters,
@@ -133,7 +134,7 @@ def _given(arguments, stage, mesh, batch: int) -> dict:
             "evaluation": 1 if known else None, "source": "the numbers given"}
 
 
-def _from_data(config, name: str, stage, spec, tokenizer, mesh, loss, batch: int, console) -> dict:
+def from_data(config, name: str, stage, spec, tokenizer, mesh, loss, batch: int, console) -> dict:
     """Reads the stage's records as the run would, and lays its batches out without filling them."""
     from alignax import context, data, stage_data
     from alignax.types import ConfigError

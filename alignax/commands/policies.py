@@ -62,7 +62,8 @@ def load(arguments) -> Policy:
         stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
         if not {"model", "tokenizer", "text", "stages"} <= stored.keys():
             raise ConfigError(f"--run={run}: its config.json is not that of a run; a model's folder goes with --model")
-        section, tokenizer_name, text = stored["model"], stored["tokenizer"], stored["text"]
+        # A run is read where other kernels may be at home than those it was trained with.
+        section, tokenizer_name, text = stored["model"] | {"attention": "auto"}, stored["tokenizer"], stored["text"]
         path = section["path"]
         finished = context.finished_stages(run, stored["stages"])
         stage = arguments.stage or (finished[-1] if finished else "")

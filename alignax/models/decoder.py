@@ -23,6 +23,7 @@ from flax import nnx
 from alignax.models.attention import attention_mask, distance
 from alignax.models.config import DecoderConfig
 from alignax.models.layers import Layer, LayerCache, View, add_norm, full_dtype, normalise, widen
+from alignax.models.readers import make_reader
 from alignax.models.remat import rematerialised
 from alignax.models.rope import angles
 from alignax.ops.head import Head
@@ -159,18 +160,21 @@ def _layer(tree: Any, number: int) -> Any:
 
 def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array, prefix: Array, position: Array, *,
             adapters: Params | None = None, remat: str = "none", unroll: int = 1,
-            sharding: jax.sharding.NamedSharding | None = None) -> Array:
+            sharding: jax.sharding.NamedSharding | None = None, attention: str = "xla",
+            interpret: bool = False) -> Array:
     """Hidden states after the final norm, [R,T,D] in the parameters' dtype, of int32 grids [R,T].
 
     Attention follows attention_mask, and in layers with a window w also 0 <= position - position' < w; where segment
-    is 0 the result is finite and means nothing. Memory of attention is R * num_heads * T^2.
+    is 0 the result is finite and means nothing. attention: `xla`, whose memory is R * num_heads * T^2, or a kernel of
+    models.ATTENTION without those scores (interpret: splash without a TPU, for tests).
     adapters: None, or a nested dict that mirrors params["layers"] and holds adapted matrices only, each leaf as
     {"a": [layers, in, r], "b": [layers, r, out]}: the projection becomes x W + (x a) b, any scaling being part of b.
     Layers run in a `lax.scan` (over blocks of p layers where windows repeat with period p). remat: `none` keeps every
     intermediate; the other names of models.REMAT keep less (see models.remat). unroll: layers per turn of the loop; on
     CPUs a loop of tiny layers costs more than its body, and unroll = num_layers leaves no loop. Raises ConfigError for
-    an unknown remat or an adapter without a matrix. sharding: where [R,T,D] lies, held from layer to layer. Without it
-    the compiler follows an embedding that is cut along D, and moves activations where it could move weights.
+    an unknown remat, an adapter without a matrix, or an attention that does not compute this model. sharding: where
+    [R,T,D] lies, held from layer to layer: rows cut, columns too for long ones (see models.readers). Without it the
+    compiler follows an embedding that is cut along D, and moves activations where it could move weights.
     """
     _check_adapters(params, adapters)
     placed = lambda x: x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
@@ -179,7 +183,8 @@ def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array
         params["embedding"], jax.sharding.NamedSharding(sharding.mesh, _WHOLE_ROWS))
     x = placed(_embed(config, params | {"embedding": table}, tokens, position))
     dist = distance(position, position) if _needs_distance(config) else None
-    views = _views(config, position, attention_mask(segment, prefix), dist, x.dtype)
+    views = {window: view._replace(reader=make_reader(attention, view.mask, sharding, interpret=interpret))
+             for window, view in _views(config, position, attention_mask(segment, prefix), dist, x.dtype).items()}
 
     def apply(window: int, looped: bool):
         run = lambda x, stacked: _merge_layer(config, stacked[0])(x, views[window], stacked[1])[0]

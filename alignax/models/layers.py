@@ -13,6 +13,7 @@ from flax import nnx
 
 from alignax.models.attention import alibi_bias, attend
 from alignax.models.config import DecoderConfig
+from alignax.models.readers import Reader, read
 from alignax.models.rope import rotate
 from alignax.types import Array
 
@@ -32,12 +33,14 @@ class LayerCache(NamedTuple):
 
 class View(NamedTuple):
     """What one kind of layer sees of positions: rotary cos and sin (None: no rotation), who may read whom (bool
-    [R,T,S]), and for ALiBi how far back each key lies (int32 [R,T,S], else None)."""
+    [R,T,S]), for ALiBi how far back each key lies (int32 [R,T,S], else None), and for whole rows the kernel that reads
+    by that mask (None against a cache: attention.attend)."""
 
     cos: Array | None
     sin: Array | None
     mask: Array
     distance: Array | None
+    reader: Reader | None = None
 
 
 def full_dtype(dtype) -> jnp.dtype:
@@ -147,8 +150,11 @@ class Attention(nnx.Module):
             cache = LayerCache(key, value)
         # Made in the layer that uses it: kept for all layers, it would be an array of the size of the scores.
         bias = None if view.distance is None else alibi_bias(config.num_heads, view.distance, query.dtype)
-        out = attend(query, key, value, view.mask, scale=config.score_scale, softcap=config.attention_softcap,
-                     bias=bias)
+        settings = dict(scale=config.score_scale, softcap=config.attention_softcap, bias=bias)
+        if view.reader is None:
+            out = attend(query, key, value, view.mask, **settings)
+        else:
+            out = read(view.reader, query, key, value, **settings)
         return _project(self, "output", out.reshape(*x.shape[:2], -1), adapters), cache
 
 

@@ -97,13 +97,13 @@ def q_statistics(params: Mapping[str, Array], states: Array, targets: Array,
 
     statistics(states, head, targets, want): `ops.head.head_stats` under the caller's settings, at temperature 1.
     """
-    values, logps = [], []
-    for number in range(2):
-        head = Head(params["weight"][number], params["bias"][number])
-        stats = statistics(states, head, targets, ("logp", "log_z"))
-        values.append(stats["logp"] + stats["log_z"])
-        logps.append(stats["logp"])
-    return jnp.stack(values, -1), jnp.stack(logps, -1)
+    def one(_, head):
+        stats = statistics(states, Head(*head), targets, ("logp", "log_z"))
+        return None, (stats["logp"] + stats["log_z"], stats["logp"])
+
+    # A loop, and not two calls: the gradients of two slices would be two more arrays of the size of both weights.
+    _, (values, logps) = jax.lax.scan(one, None, (params["weight"], params["bias"]))
+    return jnp.moveaxis(values, 0, -1), jnp.moveaxis(logps, 0, -1)
 
 
 def policy_heads(names: Iterable[str], params: Mapping[str, Any], states: Array, targets: Array, mask: Array,
