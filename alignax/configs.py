@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from alignax import losses
 from alignax.data import LAYOUT_NAMES
-from alignax.models import REMAT
+from alignax.models import ATTENTION, REMAT
 from alignax.sharding import DEFAULT_RULES, check_rules
 from alignax.types import REQUESTS, ConfigError
 
@@ -110,12 +110,13 @@ def evaluate_stage(**over) -> ConfigDict:
 def base(**over) -> ConfigDict:
     """The run's own keys, with an empty list of stages.
 
-    mesh: sizes of the axes (data 0: the devices that are left) and `rules`, ordered (regex, axes) pairs that cut
-    parameters, reference and optimiser state; the first regex found in a leaf's path wins.
+    mesh: sizes of the axes (data 0: the devices that are left; sequence: over which columns of long rows are cut) and
+    `rules`, ordered (regex, axes) pairs that cut parameters, reference and optimiser state; the first regex found in a
+    leaf's path wins.
     """
     config = ConfigDict(dict(seed=0, stages=(), tokenizer="", deterministic=False, profile_steps=(0, 0)))
     config.model = model_section()
-    config.mesh = ConfigDict(dict(data=0, fsdp=1, tensor=1, rules=DEFAULT_RULES))
+    config.mesh = ConfigDict(dict(data=0, fsdp=1, sequence=1, tensor=1, rules=DEFAULT_RULES))
     config.text = ConfigDict(dict(add_bos=True, eos_id=-1))
     config.update(over)
     return config
@@ -125,12 +126,13 @@ def model_section(**over) -> ConfigDict:
     """A decoder: `path` to a Hugging Face folder, or a shape for random parameters (vocab_size 0: the tokenizer's).
 
     dtype: float32 or bfloat16, in which parameters are held and layers computed; log-probs and losses are float32.
-    remat: one of models.REMAT. head_megabytes: logits alive at once on one device.
+    remat: one of models.REMAT. head_megabytes: logits alive at once on one device. attention: one of models.ATTENTION;
+    `auto` takes the kernel of the device (cudnn, splash; blocked on CPUs) where it computes this model, else xla.
     """
     section = ConfigDict(dict(
         path="", vocab_size=0, hidden_size=96, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=2,
         head_dim=24, rope_theta=10000.0, rms_norm_eps=1e-5, tie_embeddings=True, max_positions=512, remat="none",
-        head_megabytes=64, unroll=1, dtype="float32"))
+        head_megabytes=64, unroll=1, dtype="float32", attention="auto"))
     section.update(over)
     return section
 
@@ -148,6 +150,7 @@ def check(config: ConfigDict) -> None:
     _check_keys(config.mesh, set(base().mesh), "config.mesh")
     _one_of(config.model, "dtype", DTYPES, "config.model")
     _one_of(config.model, "remat", REMAT, "config.model")
+    _one_of(config.model, "attention", ATTENTION, "config.model")
     check_rules(config.mesh.rules, "config.mesh.rules")
     _check_keys(config.text, {"add_bos", "eos_id"}, "config.text")
     if not stages:
@@ -187,11 +190,28 @@ def _check_train(stage: ConfigDict, where: str) -> None:
     _one_of(stage, "truncation", ("error", "drop", "left", "right"), where)
     _one_of(stage, "layout", LAYOUT_NAMES, where)
     _one_of(stage, "shapes", ("global", "batch"), where)
+    _check_idle(stage, where)
     if stage.batch_size < 1 or stage.accumulation < 1 or stage.batch_size % stage.accumulation:
         raise ConfigError(f"{where}.batch_size={stage.batch_size} must be a positive multiple of "
                           f"{where}.accumulation={stage.accumulation}")
     if stage.steps <= 0 and stage.epochs <= 0:
         raise ConfigError(f"{where}.steps={stage.steps} and {where}.epochs={stage.epochs}: one must be positive")
+
+
+def _check_idle(stage: ConfigDict, where: str) -> None:
+    """Refuses a value that another key makes idle: it would change nothing, and say nothing."""
+    plain = lambda value: tuple(value) if isinstance(value, (list, tuple)) else value
+    for key, default in lora_section().items():
+        if not stage.lora.rank and plain(stage.lora[key]) != plain(default):
+            raise ConfigError(f"{where}.lora.{key}={stage.lora[key]!r} has no effect with {where}.lora.rank=0; "
+                              f"allowed: its default {default!r}, or a rank above 0")
+    if stage.data.eval_path and stage.data.eval_fraction:
+        raise ConfigError(f"{where}.data.eval_fraction={stage.data.eval_fraction} has no effect beside "
+                          f"{where}.data.eval_path={stage.data.eval_path!r}; allowed: one of the two")
+    requests = losses.from_section(stage.loss.to_dict()).requests
+    if stage.data.aux_prompt and "aux_prompt" not in {REQUESTS[name].stream for name in requests}:
+        raise ConfigError(f"{where}.data.aux_prompt={stage.data.aux_prompt!r} has no effect with the loss "
+                          f"{stage.loss.name!r}, which asks for no completions behind another prompt; allowed: ''")
 
 
 def _one_of(stage: ConfigDict, key: str, allowed: tuple[str, ...], where: str) -> None:

@@ -39,8 +39,8 @@ _FROM_SCORES = ("token_rewards", "segment_scores", "advantages")
 class ModelSpec:
     """What a forward pass needs besides parameters: the decoder's shape, remat policy, logits' byte budget on a device,
     the temperature that divides the logits of policy and reference alike, the layers per turn of the layer loop, the
-    adapters' settings where the parameters hold `adapters`, and on several devices how the leading axis of activations
-    is cut (sharding.over_batch)."""
+    adapters' settings where the parameters hold `adapters`, on several devices how rows and columns of activations are
+    cut (sharding.over_activations), and which of models.ATTENTION reads whole rows."""
 
     config: DecoderConfig
     remat: str = "none"
@@ -49,6 +49,7 @@ class ModelSpec:
     unroll: int = 1
     adapters: AdapterConfig | None = None
     activations: jax.sharding.NamedSharding | None = None
+    attention: str = "xla"
 
 
 class TrainState(NamedTuple):
@@ -78,15 +79,29 @@ def gather_at(hidden: jax.Array, stream: Stream, row: jax.Array, col: jax.Array)
 def _slots(spec: ModelSpec, params, stream: Stream) -> tuple[jax.Array, jax.Array]:
     hidden = forward(spec.config, params["model"], stream.tokens, stream.segment, stream.prefix, stream.position,
                      adapters=params.get("adapters"), remat=spec.remat, unroll=spec.unroll,
-                     sharding=_cut(spec, stream.tokens))
+                     sharding=_cut(spec, stream.tokens), attention=spec.attention)
+    if spec.activations and len(spec.activations.spec) > 1:
+        # A slot may stand in any column: rows come together once, and their slots are cut anew.
+        rows = jax.sharding.PartitionSpec(_cut(spec, stream.tokens).spec[0])
+        hidden = jax.lax.with_sharding_constraint(hidden, jax.sharding.NamedSharding(spec.activations.mesh, rows))
     slots = gather_slots(hidden, stream)
-    cut = _cut(spec, slots)
+    cut = _cut(spec, slots, columns=2)
     return hidden, slots if cut is None else jax.lax.with_sharding_constraint(slots, cut)
 
 
-def _cut(spec: ModelSpec, array: jax.Array) -> jax.sharding.NamedSharding | None:
-    """spec.activations where it divides the array's leading axis: a micro-batch may be smaller than the devices."""
-    return spec.activations if spec.activations and array.shape[0] % _ways(spec.activations) == 0 else None
+def _cut(spec: ModelSpec, array: jax.Array, columns: int = 1) -> jax.sharding.NamedSharding | None:
+    """How spec.activations cuts an array whose axis `columns` is T or L; None where it does not.
+
+    Rows stay whole where they do not divide: a micro-batch may be smaller than the devices. So do the slots of a
+    completion; the columns of a row have to divide, or forward says so.
+    """
+    if spec.activations is None:
+        return None
+    mesh, (rows, *sequence) = spec.activations.mesh, spec.activations.spec
+    out = [rows if array.shape[0] % _ways(spec.activations) == 0 else None]
+    if sequence and (columns == 1 or array.shape[columns] % mesh.shape[sequence[0]] == 0):
+        out += [None] * (columns - 1) + sequence
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*out)) if any(out) else None
 
 
 def _statistics(spec: ModelSpec, slots: jax.Array, weights, targets: jax.Array, want, other=None) -> dict:
@@ -97,11 +112,11 @@ def _statistics(spec: ModelSpec, slots: jax.Array, weights, targets: jax.Array, 
     chunk. A vocabulary that is cut over `tensor` stays cut: that axis is the partitioner's.
     """
     settings = dict(want=want, temperature=spec.temperature, byte_budget=spec.byte_budget)
-    cut = _cut(spec, slots)
+    cut = _cut(spec, slots, columns=2)
     if cut is None:
         return head_stats(slots, weights, targets, other=other, **settings)
     over, whole = cut.spec, jax.sharding.PartitionSpec()
-    axes = {axis for entry in over for axis in ((entry,) if isinstance(entry, str) else entry)}
+    axes = {axis for entry in spec.activations.spec for axis in ((entry,) if isinstance(entry, str) else entry)}
     settings["byte_budget"] *= math.prod(size for axis, size in cut.mesh.shape.items() if axis not in axes)
 
     def gathered(one):
@@ -139,8 +154,11 @@ def compute(spec: ModelSpec, params, ref_params, batch: Batch, wanted: Iterable[
     out: dict[str, Any] = {}
     if "adapters" in params:
         params = {**params, "adapters": scaled(params["adapters"], spec.adapters)}
+    every = params
     for stream_name in sorted({REQUESTS[n].stream for n in wanted}):
         names = {n for n in wanted if REQUESTS[n].stream == stream_name}
+        # A stream without a gradient keeps nothing for a backward pass.
+        params = every if any(REQUESTS[n].grad for n in names) else jax.lax.stop_gradient(every)
         policy = {n for n in names if REQUESTS[n].provider == "policy"} | (names & _PAIR_STATS.keys())
         reference = {n for n in names if REQUESTS[n].provider == "reference"}
         if ref_params is None:
@@ -332,7 +350,7 @@ def split_batch(batch: Batch, parts: int, cut_over: jax.sharding.NamedSharding |
             return leaf.reshape((parts, leaf.shape[0] // parts) + leaf.shape[1:])
         apart = leaf.reshape((ways, parts, leaf.shape[0] // (ways * parts)) + leaf.shape[1:])
         out = jnp.swapaxes(apart, 0, 1).reshape((parts, leaf.shape[0] // parts) + leaf.shape[1:])
-        spec = jax.sharding.PartitionSpec(None, *cut_over.spec)
+        spec = jax.sharding.PartitionSpec(None, cut_over.spec[0])
         return jax.lax.with_sharding_constraint(out, jax.sharding.NamedSharding(cut_over.mesh, spec))
 
     streams = {name: dataclasses.replace(jax.tree.map(cut, s), groups=s.groups // parts)

@@ -8,7 +8,7 @@ a list is ordered best first; pointwise data has K = 1.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +93,8 @@ _ANY = ("frozen", "adapter_off", "precomputed")
 _SAME_PROGRAM = ("frozen", "adapter_off")
 _POLICY = ("policy",)
 _REF = ("reference",)
+# With a gradient for a head, and none for the policy below it.
+_STOPS_AT_THE_HEAD = ("detached_values",)
 
 REQUESTS: dict[str, Request] = {
     r.name: r
@@ -177,6 +179,43 @@ REQUESTS: dict[str, Request] = {
         Request("state", "", "pytree", "state", about="running statistics; explicit, checkpointed"),
     )
 }
+
+
+class Passes(NamedTuple):
+    """How often a model runs over the whole batch of one stream: forward and backward of the policy, forward of the
+    reference."""
+
+    policy_forward: int = 0
+    policy_backward: int = 0
+    reference_forward: int = 0
+
+
+def passes(requests: Iterable[str], reference: str = "frozen", *, accumulation: int = 1,
+           training: bool = True) -> dict[str, Passes]:
+    """Stream -> passes of one update (training=False: of an evaluation, which has no backward) for these requests.
+
+    reference: its rule; `precomputed` and `none` run no reference. accumulation: above 1 the gradient is exact by two
+    passes, so that what carries gradients runs forward once more, the reference only where a gradient needs its
+    distribution or its states. Backward passes include what remat computes again; arrays that a batch may bring along
+    are taken as not brought. Streams without a pass are left out. Raises ConfigError for a name that is no request.
+    """
+    requests = set(requests)
+    if unknown := sorted(requests - REQUESTS.keys()):
+        raise ConfigError(f"passes: {', '.join(unknown)} is no request; allowed: {', '.join(sorted(REQUESTS))}")
+    rows = [REQUESTS[name] for name in sorted(requests)]
+    runs = lambda some, model: any(one.split(":")[0] == model for row in some for one in row.passes)
+    out = {}
+    for stream in sorted({row.stream for row in rows}):
+        first = [row for row in rows if row.stream == stream]
+        active = [row for row in first if row.grad and training]
+        again = active if accumulation > 1 else []
+        copy = reference not in ("precomputed", "none")
+        found = Passes(runs(first, "policy") + runs(again, "policy"),
+                       int(runs([row for row in active if row.name not in _STOPS_AT_THE_HEAD], "policy")),
+                       copy * (runs(first, "reference") + runs(again, "reference")))
+        if any(found):
+            out[stream] = found
+    return out
 
 
 class Term(NamedTuple):

@@ -63,9 +63,9 @@ def make_setup(spec: step.ModelSpec, loss: Loss, optimizer: optax.GradientTransf
     if adapters is not None:
         made = jax.eval_shape(lambda m: models.init_adapters(m, adapters, jax.random.key(0)), model["model"])
         params, frozen = {"adapters": made}, model
-    if "rewards" in loss.requests:
-        made = jax.eval_shape(lambda: models.init_scalar_head(jax.random.key(0), spec.config.hidden_size))
-        params = {**params, "reward_head": made}
+    heads = jax.eval_shape(lambda: models.init_heads(loss.requests, spec.config.hidden_size, spec.config.vocab_size,
+                                                     jax.random.key(0)))
+    params = {**params, **heads}
     ref = model if reference in ("frozen", "adapter_off") else None
     return Setup(dataclasses.replace(spec, adapters=adapters), loss, optimizer, params, frozen, ref, accumulation,
                  rules)
@@ -183,8 +183,8 @@ def measure(setup: Setup, size: Size, mesh: Mesh | AbstractMesh) -> dict[str, An
     collectives: {kind: {count, bytes, wire}} or None. passes: how often the parameters are read. donated: outputs that
     reuse an input's memory, of `donatable` leaves of the state. Raises ConfigError for sizes that do not divide.
     """
-    if mesh.size > 1:
-        setup = dataclasses.replace(setup, spec=dataclasses.replace(setup.spec, activations=sharding.over_batch(mesh)))
+    over = sharding.over_activations(mesh)
+    setup = dataclasses.replace(setup, spec=dataclasses.replace(setup.spec, activations=over))
     arguments = abstract_arguments(setup, size, mesh)
     state, ref, batch, _, _, frozen = arguments
     update = jax.jit(step.make_update(setup.spec, setup.loss, setup.optimizer, accumulation=setup.accumulation),
