@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import os
 import pathlib
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,8 @@ from ml_collections import ConfigDict
 from alignax.types import ConfigError
 
 
-def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config of `FILE[:arg]` with overrides `key.path=value` applied.
-
-    A value is read as a Python literal of the type that the key holds (int is taken for float; `true`/`false` for
-    bool; tuples as `(1,2)` or `a,b`). Raises ConfigError for a missing or broken file, one without get_config, an
-    unknown key (with the legal ones of that section) or a value of another type.
-    """
+def load_module(spec: str) -> tuple[types.ModuleType, str]:
+    """(module, argument) of `FILE[:arg]`. Raises ConfigError for a file that is missing, broken, or no config."""
     name, _, argument = spec.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
@@ -35,6 +31,17 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise ConfigError(f"--config={spec}: {name}{place}: {error}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={spec}: {name} defines no get_config()")
+    return module, argument
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of `FILE[:arg]` with overrides `key.path=value` applied.
+
+    A value is read as a Python literal of the type that the key holds (int is taken for float; `true`/`false` for
+    bool; tuples as `(1,2)` or `a,b`). Raises ConfigError for a missing or broken file, one without get_config, an
+    unknown key (with the legal ones of that section) or a value of another type.
+    """
+    module, argument = load_module(spec)
     config = module.get_config(argument) if argument else module.get_config()
     for override in overrides:
         _override(config, override)

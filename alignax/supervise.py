@@ -44,8 +44,8 @@ def patience() -> float:
     return float(os.environ.get(SILENCE) or 30.0)
 
 
-def _follow_parent() -> None:
-    """In the worker, before it starts: die with the supervisor, also where that is killed (Linux)."""
+def follow_parent() -> None:
+    """In a child, before it starts: die with its parent, also where that is killed (Linux)."""
     if sys.platform.startswith("linux"):
         import ctypes
 
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str], workdir: pathlib.Path | str, say: Callable[[st
     folder, token = folder_of(workdir), uuid.uuid4().hex
     peers = presence.Peers(folder, token)
     worker = subprocess.Popen([sys.executable, "-m", "alignax.cli", *arguments], env=os.environ | {TOKEN: token},
-                              preexec_fn=_follow_parent)
+                              preexec_fn=follow_parent)
     former = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         former[number] = signal.signal(number, lambda n, _: worker.send_signal(n))

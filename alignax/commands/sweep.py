@@ -1,0 +1,221 @@
+"""`alignax sweep`: run or resume every member of a sweep, and write one table of their results."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from alignax.commands import sweep_cost
+
+BACKENDS = ("population", "process", "slurm", "pod")
+LAUNCHED = ("slurm", "pod")
+EXIT_FAILED = 1
+
+
+def add(commands) -> None:
+    """Declares the command and its arguments."""
+    parser = commands.add_parser(
+        "sweep", help="run or resume many variations of a config, and compare them",
+        description="Runs the members of a sweep in a folder: the points that the config file's `sweep(add)` adds, "
+                    "times the values of --sweep, times --seeds. Every member is a run of its own under "
+                    "DIR/members/NAME that all other commands can read. The same command again goes on with the "
+                    "members that are not finished. --config.key=value sets a key of all members. `alignax report DIR` "
+                    "then compares them.",
+        epilog="exit codes: 0 all members finished, 1 some failed (the reasons are printed and stand in status.json), "
+               "2 bad input, 75 stopped by SIGTERM and resumable")
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a Python file with get_config([arg]), "
+                                                                              "and sweep(add) if it has one")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the sweep's folder")
+    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,...",
+                        help="values of one key; several of these are combined in every way. `loss`, and a key that "
+                             "begins with a colon, is an argument of the config file (FILE:loss=ipo)")
+    parser.add_argument("--seeds", type=int, default=0, metavar="N",
+                        help="run every point with N seeds, from the config's own upwards (default: once)")
+    parser.add_argument("--backend", default="population", metavar="NAME",
+                        help="population: members that differ in numbers only train as one compiled program; process: "
+                             "each in a process of its own; slurm, pod: on a cluster (default population)")
+    parser.add_argument("--base", choices=("shared", "own"), default=None,
+                        help="shared: stages before the first one in which members differ run once, also for members "
+                             "of different seeds, with the lowest seed; own: every member is what it would be alone "
+                             "(default: shared, and own for the backend process, which knows no other)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (backend process; "
+                                                                         "default 1)")
+    parser.add_argument("--retries", type=int, default=1, metavar="N",
+                        help="further attempts for a member whose process fails, other than by bad input or by a step "
+                             "that is not finite, which the same numbers would give again (default 1)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check and print the members, their groups and an estimate of the cost; start nothing")
+    parser.add_argument("--no-estimate", action="store_true", help="leave the timed step of --dry-run out")
+    parser.add_argument("--history", action="store_true", help="also write all members' metrics into history.jsonl")
+    parser.set_defaults(execute=run)
+
+
+def run(arguments, console) -> int:
+    """Runs the members; returns the exit code."""
+    from alignax import checkpoint, presence, sweep
+    from alignax.types import ConfigError
+
+    for flag, least in (("seeds", 0), ("retries", 0), ("jobs", 1)):
+        if (value := getattr(arguments, flag)) < least:
+            raise ConfigError(f"--{flag}={value}; allowed: at least {least}")
+    _check_backend(arguments.backend)
+    folder = pathlib.Path(arguments.workdir)
+    members = members_of(arguments.config, folder, axes=arguments.sweep, seeds=arguments.seeds,
+                         overrides=arguments.overrides)
+    if arguments.base == "shared" and arguments.backend == "process":
+        raise ConfigError("--base=shared --backend=process: processes share no stages; allowed: own")
+    base = arguments.base or ("own" if arguments.backend == "process" else "shared")
+    plan = sweep.plan_of(members, base)
+    known = sweep.claim(folder, plan)
+    if arguments.dry_run:
+        _show_plan(members, folder, base, console, estimate=not arguments.no_estimate)
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    with presence.locked(folder) as note:
+        if note:
+            console.print(note, markup=False)
+        if not (sweep.claim(folder, plan) or known):
+            checkpoint.write_json(folder / sweep.PLAN, plan)
+        progress = sweep.Progress(folder)
+        began = time.monotonic()
+        try:
+            _attempts(arguments, members, folder, base, progress, console)
+        finally:  # what there is stands in the table, also after a stop
+            rows, missing = sweep.write(folder, with_history=arguments.history)
+    if missing:
+        console.print(missing, markup=False, soft_wrap=True)
+    return _say(rows, folder, time.monotonic() - began, console)
+
+
+def members_of(config: str, folder: pathlib.Path, *, axes: Sequence[str] = (), seeds: int = 0,
+               overrides: Sequence[str] = ()) -> list[Any]:
+    """The members (alignax.sweep.Member) of the config file's sweep times `axes` (`KEY=A,B`) times seeds.
+
+    Raises ConfigError for anything that a run would be refused for, and where nothing says what is swept.
+    """
+    from alignax import launch, sweep
+    from alignax.types import ConfigError
+
+    file = config.partition(":")[0]
+    module, argument = launch.load_module(config)
+    given = sweep.product(*map(sweep.parse, axes))  # one empty setting where there are no axes
+    if hasattr(module, "sweep"):
+        own = sweep.collect(module.sweep)
+    elif axes or seeds:
+        own = [sweep.Point({})]
+    else:
+        raise ConfigError(f"--config={config}: {file} defines no sweep(add); say what to vary there, or with --sweep "
+                          "KEY=A,B and --seeds N")
+    points = []
+    for point in own:
+        for index, extra in enumerate(given):
+            merged = sweep.product([dict(point.settings)], [extra])[0]
+            factors = None if point.factors is None else {**point.factors, **extra}
+            suffix = f"-{index:0{len(str(len(given) - 1))}d}" if point.name and len(given) > 1 else ""
+            points.append(sweep.Point(merged, point.name + suffix, factors))
+    load = lambda words, texts: launch.load_config(f"{file}:{words}" if words else file, texts)
+    return sweep.resolve(points, load, folder / sweep.MEMBERS, argument=argument, overrides=overrides, seeds=seeds)
+
+
+def _check_backend(name: str) -> None:
+    from alignax.types import ConfigError
+
+    if name not in BACKENDS:
+        raise ConfigError(f"--backend={name}; allowed: {', '.join(BACKENDS)}")
+    if name in LAUNCHED:
+        raise ConfigError(f"--backend={name}: runs on a cluster come with the command `alignax launch`, which this "
+                          "version does not have; allowed here: population, process")
+
+
+def _attempts(arguments, members: Sequence[Any], folder: pathlib.Path, base: str, progress: Any, console) -> None:
+    """Runs what is not finished, and what failed again as often as --retries allows."""
+    from alignax import sweep
+
+    def ended(name: str, reason: str, final: bool) -> None:
+        if reason:
+            progress.failed(name, reason, final=final)
+            console.print(f"{name}: failed: {reason}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(f"{name}: finished", markup=False, highlight=False)
+
+    done = sum(sweep.finished(folder, m.name) for m in members)
+    if done:
+        console.print(f"{done} of {len(members)} members are finished already", highlight=False)
+    for attempt in range(1 + arguments.retries):
+        left = [m for m in members if not sweep.finished(folder, m.name) and not progress.final(m.name)]
+        if not left:
+            break
+        if attempt:
+            console.print(f"trying {len(left)} members again", highlight=False)
+        if arguments.backend == "process":
+            sweep.run_processes(left, folder, arguments.config.partition(":")[0], jobs=arguments.jobs, ended=ended)
+        else:
+            _population(members, {m.name for m in left}, folder, base, console, ended)
+    progress.settle()
+
+
+def _population(members: Sequence[Any], left: set[str], folder: pathlib.Path, base: str, console,
+                ended: Callable[[str, str, bool], None]) -> None:
+    """All members go in, since which stages they share is a matter of all; those that are finished take no time."""
+    import jax
+
+    from alignax import population
+
+    with contextlib.suppress(RuntimeError):  # JAX has started, with the devices that it has
+        jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), len(members)))
+
+    def told(name: str, result: Any) -> None:
+        if name in left:
+            # What a population reports of a member (bad input, a step that is not finite) comes out the same again.
+            ended(name, result.error, True)
+
+    population.run(members, folder, console=console, seeds=base, ended=told)
+
+
+def _show_plan(members: Sequence[Any], folder: pathlib.Path, base: str, console, *, estimate: bool) -> None:
+    """The table of --dry-run: every member with its factors, its group and its state; what is shared; the cost."""
+    from rich.table import Table
+
+    from alignax import population, sweep
+
+    groups = population.groups(members)
+    number = {name: str(i) for i, held in enumerate(groups) for name in held}
+    factors = list(dict.fromkeys(key for m in members for key in m.factors))
+    plural = "s" if len(groups) > 1 else ""
+    table = Table("member", "group", *factors, "state", title_justify="left",
+                  title=f"{len(members)} members, {len(groups)} group{plural} of one structure")
+    for member in members:
+        table.add_row(member.name, number[member.name], *(_cell(member.factors.get(key)) for key in factors),
+                      "finished" if sweep.finished(folder, member.name) else "to run")
+    console.print(table)
+    bases = population.bases(members, seeds=base)
+    for shared in bases:
+        console.print(f"once for {len(shared.members)} members: {', '.join(shared.stages)}", markup=False,
+                      highlight=False)
+    left = [m for m in members if not sweep.finished(folder, m.name)]
+    if estimate and left:
+        for line in sweep_cost.estimate(left, bases, console):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _say(rows: Sequence[dict], folder: pathlib.Path, seconds: float, console) -> int:
+    """Prints what failed and where the table is; returns the exit code."""
+    failed = [row for row in rows if row["state"] != "finished"]
+    console.print(f"{len(rows) - len(failed)} of {len(rows)} members finished, {seconds:.0f} seconds", highlight=False)
+    for row in failed:
+        console.print(f"  {row['member']}: {row['state']}{': ' if row['reason'] else ''}{row['reason']}",
+                      markup=False, highlight=False, soft_wrap=True)
+    if any(row["state"] == "failed" for row in failed):
+        console.print(f"a member runs from its beginning once its folder in {folder / 'members'} is removed",
+                      markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results: {folder / 'results.jsonl'}; compare with: alignax report {folder}", markup=False,
+                  soft_wrap=True, highlight=False)
+    return EXIT_FAILED if failed else 0
