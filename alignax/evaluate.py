@@ -39,12 +39,13 @@ def _scorer(spec: step.ModelSpec):
 
 def run(ctx: Context, name: str, *, policies, baseline: str, prompts: str, num_prompts: int, max_new_tokens: int,
         temperature: float, top_p: float, batch_size: int, reward: str, target_win_rate: float, target_kl: float,
-        examples: int, max_prompt: int) -> dict:
+        examples: int, max_prompt: int, kept: dict | None = None) -> dict:
     """Compares every policy with the baseline; prints the table, writes samples.jsonl and the frontier.
 
     Win rate counts ties half, with a 95% interval over prompts; the KL is on-policy, in nats per sequence at
     temperature 1, with its standard error. The headline is the first policy that reaches the targets, or the one
-    of the highest win rate where none does.
+    of the highest win rate where none does. kept: the baseline's samples of earlier calls, which runs that share the
+    baseline, the prompts and the seed take from there instead of drawing the same ones again.
     """
     score = sample.reward_fn(reward)
     asked = sample.load_prompts(ctx, prompts, split="eval", n=num_prompts, max_prompt=max_prompt)
@@ -52,13 +53,25 @@ def run(ctx: Context, name: str, *, policies, baseline: str, prompts: str, num_p
     settings = dict(num_samples=1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                     batch_size=batch_size)
     drawn, texts, gold, points = {}, {}, {}, []
-    for index, policy in enumerate((baseline, *policies)):
+
+    def sampled(index: int, policy: str) -> tuple:
+        """The rollouts of a policy, their texts, and their log-probs under it and under the baseline."""
         params = base_params if policy == baseline else ctx.params_of(policy)
         rolled, words = sample.draw(ctx, f"{name}: {policy}", params, asked, salt=5000 + index, **settings)
+        both = score_samples(ctx, params, base_params, asked, [row[0] for row in rolled.tokens], batch_size=batch_size)
+        return rolled, words, *both
+
+    place = id(ctx.initial) if baseline == "model" else str(ctx.stage_dir(baseline).resolve())
+    mark = place, prompts, num_prompts, max_prompt, ctx.seed, *sorted(settings.items())
+    for index, policy in enumerate((baseline, *policies)):
+        if index or kept is None:
+            found = sampled(index, policy)
+        else:
+            found = kept[mark] = kept.get(mark) or sampled(index, policy)
+        rolled, words, logps, base_logps = found
         drawn[policy] = [row[0] for row in rolled.tokens]
         texts[policy] = [row[0] for row in words]
         gold[policy] = np.asarray(score(texts[policy]), np.float64)
-        logps, base_logps = score_samples(ctx, params, base_params, asked, drawn[policy], batch_size=batch_size)
         kl, kl_se = compare.kl_on_policy(logps, base_logps)
         rate, low, high = compare.win_rate(gold[policy], gold[baseline])
         lengths = np.asarray([len(t) for t in drawn[policy]])

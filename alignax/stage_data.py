@@ -213,6 +213,7 @@ def first_only(record: data.TokenRecord) -> data.TokenRecord:
 
 
 Records = Sequence[data.TokenRecord]
+Sizes = tuple[data.Shape, Mapping[str, data.Shape]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,15 +238,25 @@ class Batches:
              others: Mapping[str, Records] | None = None) -> Batch:
         """Lays `records` out and puts them on the devices; `extra` arrays [B, ...] join batch.data, and `others`, of
         one record for each, become further streams."""
-        shape = self.shape_for(records)
-        swapped = {"mismatched": data.mismatched(records)} if self.mismatched else {}
-        own = {name: (rows, self._shape_of(name, rows)) for name, rows in (others or {}).items()}
         if jax.process_count() > 1:
-            return self._share(records, shape, swapped, own, extra or {})
+            swapped = {"mismatched": data.mismatched(records)} if self.mismatched else {}
+            shape, own = self.sizes(records, others)
+            return self._share(records, shape, swapped, {n: (rows, own[n]) for n, rows in (others or {}).items()},
+                               extra or {})
+        return sharding.shard_batch(self.fill(records, extra, others), self.mesh)
+
+    def sizes(self, records: Records, others: Mapping[str, Records] | None = None) -> Sizes:
+        """The shapes in which `make` lays these records out, and those of the further streams by name."""
+        return self.shape_for(records), {name: self._shape_of(name, rows) for name, rows in (others or {}).items()}
+
+    def fill(self, records: Records, extra: Mapping[str, np.ndarray] | None = None,
+             others: Mapping[str, Records] | None = None, sizes: Sizes | None = None) -> Batch:
+        """The batch of `make` as NumPy arrays, in its own shapes or in larger ones (`sizes`)."""
+        shape, own = sizes or self.sizes(records, others)
+        swapped = {"mismatched": data.mismatched(records)} if self.mismatched else {}
         batch = data.fill(records, shape, self.layout, pad_id=self.pad_id, groups=self.groups, extra=swapped)
-        streams = {name: self._stream(rows, size, self.groups) for name, (rows, size) in own.items()}
-        batch = dataclasses.replace(batch, data={**batch.data, **(extra or {})}, streams={**batch.streams, **streams})
-        return sharding.shard_batch(batch, self.mesh)
+        streams = {name: self._stream(rows, own[name], self.groups) for name, rows in (others or {}).items()}
+        return dataclasses.replace(batch, data={**batch.data, **(extra or {})}, streams={**batch.streams, **streams})
 
     def shape_for(self, records: Records) -> data.Shape:
         """The shape in which `make` lays these records out."""

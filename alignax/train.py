@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,69 +29,104 @@ from alignax import (
     losses,
     memory,
     models,
-    optim,
     presence,
     reference,
     sample,
     sharding,
     stage_data,
+    stage_setup,
     step,
+    watch,
 )
 from alignax import metrics as metrics_lib
-from alignax.diagnostics import figures
 from alignax.types import ConfigError, DataError
 
 
-def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | None = None) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | None = None,
+        devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
     """Runs or resumes all stages of `config` in `workdir`, and returns the contents of result.json.
 
-    A finished run returns at once. Raises ConfigError or DataError before any long work where something cannot
-    work, also when `workdir` holds a run of another config or is in use; context.Preempted after SIGTERM, when
-    everything is saved; FloatingPointError at a non-finite step; checkpoint.DiskError where something cannot be
-    written; memory.OutOfMemory. With many processes (see alignax.distributed) every one of them calls this alike.
+    A finished run returns at once. devices: those to train on, all by default. Raises ConfigError or DataError before
+    any long work where something cannot work, also when `workdir` holds a run of another config or is in use;
+    context.Preempted after SIGTERM, when everything is saved; FloatingPointError at a non-finite step;
+    checkpoint.DiskError where something cannot be written; memory.OutOfMemory. With many processes (see
+    alignax.distributed) every one of them calls this alike.
     """
     console = console or Console()
     workdir = pathlib.Path(workdir)
     general = configs.staged(config)
     if general is not config:
         try:
-            return run(general, workdir, console=console)
+            return run(general, workdir, console=console, devices=devices)
         except (ConfigError, DataError) as error:  # name the keys as they stand in the user's file
             raise type(error)(str(error).replace(f"config.{configs.SINGLE}.", "config.")) from error
     configs.check(config)
     plain = json.loads(json.dumps(config.to_dict(), default=list))
     distributed.agree("the config", plain)
-    _claim(workdir, plain)
+    claim(workdir, plain)
     result_path = workdir / "result.json"
     if distributed.from_main("finished", result_path.exists()):
         console.print(f"{workdir}: finished already; result.json stands")
         return json.loads(result_path.read_text(encoding="utf-8"))
     if config.deterministic and jax.default_backend() == "gpu":
-        _check_deterministic()
+        check_deterministic()
+    ctx = make_context(config, workdir, console, devices=devices)
+    policy_before, prepared = check_stages(ctx, config)
+    distributed.barrier("checked")  # nobody has written anything yet
+    with contextlib.ExitStack() as held:
+        if distributed.is_main():
+            workdir.mkdir(parents=True, exist_ok=True)
+            if note := held.enter_context(presence.locked(workdir)):
+                console.print(note, markup=False)
+            claim(workdir, plain)  # another run may have come first
+            if not (workdir / "config.json").exists():
+                checkpoint.write_json(workdir / "config.json", plain)
+            checkpoint.write_json(workdir / "environment.json",
+                                  context.environment() | {"attention": ctx.spec.attention})
+            console.print(f"attention: {ctx.spec.attention}", highlight=False)
+            (workdir / "figures").mkdir(exist_ok=True)
+        distributed.barrier("claimed")
+        summary = summarise(config, _stages(ctx, config, policy_before, prepared))
+        if distributed.is_main():
+            checkpoint.write_json(result_path, summary)
+        distributed.barrier("finished")
+    return summary
+
+
+def make_context(config: ConfigDict, workdir: pathlib.Path, console: Console, *, devices=None) -> context.Context:
+    """What the stages of a run share, from its config; writes nothing. devices: of the mesh, all by default."""
     tokenizer = context.load_tokenizer(config.tokenizer, config.model.path)
-    spec, initial = context.load_model(config.model.to_dict(), vocab_size=tokenizer.vocab_size, seed=config.seed)
+    mesh = sharding.make_mesh({k: v for k, v in config.mesh.items() if v and k != "rules"}, devices)
+    rules = sharding.check_rules(config.mesh.rules, "config.mesh.rules")
+    spec, initial = context.load_model(config.model.to_dict(), vocab_size=tokenizer.vocab_size, seed=config.seed,
+                                       mesh=mesh, rules=rules)
     data.check_vocab(tokenizer, spec.config.vocab_size)
     text = context.text_policy(tokenizer, config.model.path, **config.text.to_dict())
-    sizes = {k: v for k, v in config.mesh.items() if v and k != "rules"}
-    mesh = sharding.make_mesh(sizes)
     models.check_remat(spec.remat, mesh.devices.flat[0], "config.model.remat")
-    spec = dataclasses.replace(spec, activations=sharding.over_batch(mesh) if mesh.size > 1 else None)
-    ctx = context.Context(workdir=workdir, spec=spec, initial=initial, tokenizer=tokenizer, text=text,
-                          tokenizer_source=context.template_place(config.tokenizer, config.model.path),
-                          mesh=mesh, seed=config.seed, console=console, stop=context.Stop(),
-                          rules=sharding.check_rules(config.mesh.rules, "config.mesh.rules"))
+    spec = dataclasses.replace(spec, activations=sharding.over_activations(mesh))
+    return context.Context(workdir=workdir, spec=spec, initial=initial, tokenizer=tokenizer, text=text,
+                           tokenizer_source=context.template_place(config.tokenizer, config.model.path),
+                           mesh=mesh, seed=config.seed, console=console, stop=context.Stop(), rules=rules)
+
+
+def check_stages(ctx: context.Context, config: ConfigDict, *, read: bool = True) -> tuple[dict[str, str], dict]:
+    """Refuses what cannot work in any stage, before anything is written.
+
+    Returns stage -> the train stage before it (or `model`), and stage -> records of the train stages that need no
+    earlier one; read: False reads none.
+    """
     prepared = {}
     previous = "model"
     policy_before = {}
-    for name in config.stages:  # everything that can be refused is refused here
+    for name in config.stages:
         policy_before[name] = previous
         stage = config[name]
         if stage.kind == "train":
             loss = losses.from_section(stage.loss.to_dict())
             reference.check(stage.reference, loss.requests, lora=stage.lora.rank > 0, where=f"config.{name}.reference")
-            if (adapters := _adapters(stage, f"config.{name}.lora")) is not None:
-                jax.eval_shape(lambda: models.init_adapters(initial["model"], adapters, jax.random.key(0)))  # noqa: B023
-            _optimizer(stage, max(stage.steps, stage.optim.warmup_steps))
+            if (adapters := stage_setup.adapters_of(stage.to_dict(), f"config.{name}.lora")) is not None:
+                jax.eval_shape(lambda: models.init_adapters(ctx.initial["model"], adapters, jax.random.key(0)))  # noqa: B023
+            stage_setup.optimizer_of(stage.to_dict(), max(stage.steps, stage.optim.warmup_steps))
             made_by = None
             if stage.data.path.startswith("stage:"):
                 earlier = [s for s in config.stages[:config.stages.index(name)] if config[s].kind == "sample"]
@@ -103,33 +139,18 @@ def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | N
                     made_by["policy"] = policy_before[source]
             stage_data.check_streams(f"config.{name}", loss, stage.data.path, made_by=made_by,
                                      start=previous if stage.init == "previous" else stage.init)
-            if made_by is None:
-                prepared[name] = _records(ctx, name, stage)
-                _optimizer(stage, _total_steps(stage, len(prepared[name][0]), ctx.seed))
+            if made_by is None and read:
+                section = stage.to_dict()
+                prepared[name] = stage_setup.records_of(ctx, name, section)
+                stage_setup.optimizer_of(section, stage_setup.total_steps(section, len(prepared[name][0]), ctx.seed))
             previous = name
         else:
             sample.check(ctx, name, stage.to_dict(), split="train" if stage.kind == "sample" else "eval")
-    distributed.barrier("checked")  # nobody has written anything yet
-    with contextlib.ExitStack() as held:
-        if distributed.is_main():
-            workdir.mkdir(parents=True, exist_ok=True)
-            if note := held.enter_context(presence.locked(workdir)):
-                console.print(note, markup=False)
-            _claim(workdir, plain)  # another run may have come first
-            if not (workdir / "config.json").exists():
-                checkpoint.write_json(workdir / "config.json", plain)
-            checkpoint.write_json(workdir / "environment.json", context.environment())
-            (workdir / "figures").mkdir(exist_ok=True)
-        distributed.barrier("claimed")
-        summary = _stages(ctx, config, policy_before, prepared)
-        if distributed.is_main():
-            checkpoint.write_json(result_path, summary)
-        distributed.barrier("finished")
-    return summary
+    return policy_before, prepared
 
 
 def _stages(ctx: context.Context, config: ConfigDict, policy_before: dict[str, str], prepared: dict) -> dict[str, Any]:
-    """Runs the stages that are not done yet, one after another; returns what result.json holds."""
+    """Runs the stages that are not done yet, one after another; returns the result of each."""
     results, console = {}, ctx.console
     with ctx.stop.listening():
         for number, name in enumerate(config.stages):
@@ -147,24 +168,36 @@ def _stages(ctx: context.Context, config: ConfigDict, policy_before: dict[str, s
                     out = _train(ctx, name, stage, policy_before[name], prepared.pop(name, None),
                                  tuple(config.profile_steps))
                 else:
-                    plain_stage = stage.to_dict()
-                    plain_stage.pop("kind")
-                    for key in ("policy", "baseline"):
-                        if plain_stage.get(key) in ("previous", ""):
-                            plain_stage[key] = policy_before[name]
-                    out = {"sample": sample.run, "evaluate": evaluate.run}[stage.kind](ctx, name, **plain_stage)
+                    out = apply_stage(ctx, name, stage, policy_before[name])
             out |= {"seconds": round(time.monotonic() - began, 2)}
             results[name] = distributed.from_main(f"{name} result", out)
             if distributed.is_main():
                 checkpoint.write_json(done, results[name])
-    summary = {"stages": results}
+    return results
+
+
+def apply_stage(ctx: context.Context, name: str, stage: ConfigDict, previous: str, *,
+                kept: dict | None = None) -> dict[str, Any]:
+    """Runs a stage that trains nothing (sample, evaluate); returns its result. previous: the train stage before it;
+    kept: for evaluate.run."""
+    plain = stage.to_dict()
+    plain.pop("kind")
+    for key in ("policy", "baseline"):
+        if plain.get(key) in ("previous", ""):
+            plain[key] = previous
+    return sample.run(ctx, name, **plain) if stage.kind == "sample" else evaluate.run(ctx, name, kept=kept, **plain)
+
+
+def summarise(config: ConfigDict, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What result.json holds: the results of the stages, and the headline of those that evaluate."""
+    summary = {"stages": dict(results)}
     for name in config.stages:
         if config[name].kind == "evaluate":
             summary |= results[name]["headline"]
     return summary
 
 
-def _claim(workdir: pathlib.Path, plain: dict) -> None:
+def claim(workdir: pathlib.Path, plain: dict) -> None:
     """Refuses a folder that holds a run of another config, listing the keys that differ."""
     stored = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
@@ -190,49 +223,26 @@ def _flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
     return {prefix: tree}
 
 
-def _check_deterministic() -> None:
+def check_deterministic() -> None:
+    """Refuses config.deterministic on a GPU where XLA was not told so."""
     import os
 
     if "--xla_gpu_deterministic_ops=true" not in os.environ.get("XLA_FLAGS", ""):
         raise ConfigError("config.deterministic on a GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true")
 
 
-def _records(ctx: context.Context, name: str, stage: ConfigDict) -> tuple[list, list, dict[str, list]]:
-    """Tokenised (train, eval) records of a stage, checked against its loss, and its further streams over both."""
-    section, limits = stage.to_dict(), stage_data.limits_of(stage.to_dict(), ctx.spec.config.max_positions)
-    loss = losses.from_section(section["loss"])
-    train, held_out = stage_data.records(ctx, f"config.{name}", section["data"], limits=limits, loss=loss,
-                                         batch_size=stage.batch_size)
-    return train, held_out, stage_data.other_streams(ctx, f"config.{name}.data", section["data"], train + held_out,
-                                                     loss=loss, limits=limits)
-
-
 def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, prepared, profile_steps) -> dict:
     """One train stage; returns its result and leaves params/ in the stage's folder."""
-    folder = ctx.stage_dir(name)
-    train, held_out, others = prepared or _records(ctx, name, stage)
-    loss = losses.from_section(stage.loss.to_dict())
-    init = previous if stage.init == "previous" else stage.init
-    start = ctx.params_of(init)
-    adapters = _adapters(stage, f"config.{name}.lora")
-    spec = dataclasses.replace(ctx.spec, adapters=adapters)
-    # What the update changes, and what the policy needs beside it.
-    params, frozen = start, {}
-    if adapters is not None:
-        params, frozen = {"adapters": models.init_adapters(start["model"], adapters, jax.random.key(ctx.seed))}, start
-    params = params | models.init_heads(loss.requests, spec.config.hidden_size, spec.config.vocab_size,
-                                        jax.random.key(ctx.seed))
-    plan = data.Plan(len(train), stage.batch_size, ctx.seed)
-    total = _total_steps(stage, len(train), ctx.seed)
-    optimizer = _optimizer(stage, total)
-    state = _committed(ctx, step.TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params),
-                                            loss.init_state()))
-    ref = None
-    if stage.reference in ("frozen", "adapter_off"):
-        ref = frozen or ctx.place(params)
-    # Float hyper-parameters travel as arguments, so that strengths of one loss share one program. What goes into a step
-    # is put on the devices before, so that the step itself moves nothing (and runs under a transfer guard).
-    hyper = distributed.replicated({k: np.float32(v) for k, v in loss.hyper.items() if isinstance(v, float)}, ctx.mesh)
+    setup = stage_setup.prepare(ctx, name, stage.to_dict(), previous, prepared)
+    folder, loss, spec, plan, total = setup.folder, setup.loss, setup.spec, setup.plan, setup.total
+    frozen, make = setup.frozen, setup.make
+    optimizer = stage_setup.optimizer_of(setup.section, total)
+    state = _committed(ctx, step.TrainState(jnp.zeros((), jnp.int32), setup.params,
+                                            jax.jit(optimizer.init)(setup.params), loss.init_state()))
+    ref = (frozen or ctx.place(setup.params)) if setup.has_reference else None
+    # What goes into a step is put on the devices before, so that the step itself moves nothing (and runs under a
+    # transfer guard).
+    hyper = distributed.replicated(setup.hyper, ctx.mesh)
     # The state leaves an update as it came: a sharding that the compiler chose would compile the next step again.
     update = jax.jit(step.make_update(spec, loss, optimizer, accumulation=stage.accumulation), donate_argnums=0,
                      out_shardings=(jax.tree.map(lambda a: a.sharding, state), None))
@@ -241,26 +251,6 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
     draw = jax.jit(lambda n: jax.random.fold_in(jax.random.key(ctx.seed), n),
                    out_shardings=distributed.replicated_over(ctx.mesh))
     key_of = lambda n: draw(distributed.replicated(np.uint32(n), ctx.mesh))  # the key of update n, of the seed alone
-    # Without held-out records the same numbers are taken on the first training records, and named so.
-    watched, start_row = (held_out, len(train)) if held_out else (train[:stage.batch_size], 0)
-    cuts = stage_data.eval_cuts(len(watched), stage.batch_size, stage_data.row_groups(
-        ctx.mesh, stage.layout, stage.accumulation))
-    if len(watched) != (cuts[-1][1] if cuts else 0):
-        ctx.console.print(f"{name}: evaluation uses {cuts[-1][1] if cuts else 0} of {len(watched)} records, a multiple "
-                          "of the devices")
-    laid = stage_data.batches(ctx, train, held_out, loss=loss, plan=plan, steps=total, eval_cuts=cuts,
-                              layout=stage.layout, shapes=stage.shapes, bucket_multiple=stage.bucket_multiple,
-                              accumulation=stage.accumulation, others=others)
-    every = train + held_out
-    cached = None
-    if stage.reference == "precomputed":
-        cached = _precompute(ctx, laid, start, every, folder, stage.batch_size)
-
-    def make(rows):
-        extra = None if cached is None else {"ref_logps": cached[rows]}
-        return laid.make([every[i] for i in rows], extra,
-                         {name: [other[i] for i in rows] for name, other in others.items()})
-
     saved = checkpoint.Checkpoints(folder / "checkpoints", keep_best=stage.keep_best)
     for note in saved.notes:
         ctx.console.print(f"{name}: {note}", markup=False, soft_wrap=True)
@@ -281,20 +271,26 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
     writer = metrics_lib.MetricWriter(ctx.workdir, name, resume_at=-1 if latest is None else at,
                                       active=distributed.is_main())
     # The probe compares with the reference token by token, which only a copy of it can supply.
-    probe = _probe_records(ctx, stage, train) if ref is not None else None
+    probe = stage_setup.probe_batch(setup) if ref is not None else None
 
     def evaluate_now(number: int) -> None:
         nonlocal best
-        parts = [evaluate_fn(frozen | state.params, ref, make(start_row + np.arange(a, b)), hyper,
-                             key_of(2**31), state.loss_state)[0] for a, b in cuts]
+        parts = [evaluate_fn(frozen | state.params, ref, make(index), hyper, key_of(2**31), state.loss_state)[0]
+                 for index in setup.eval_rows()]
         best = step.merge_metrics(parts)
-        writer.write(number, best, split="eval" if held_out else "eval_on_train")
+        writer.write(number, best, split=setup.eval_split)
         if probe is not None:
-            writer.write(number, _probe(evaluate_probe, frozen | state.params, ref, probe), split="probe")
+            arrays = evaluate_probe(frozen | state.params, ref, probe, {}, None, None)[1]
+            writer.write(number, stage_setup.probe_numbers(distributed.to_host(arrays)), split="probe")
 
-    evaluate_probe = jax.jit(step.make_evaluate(spec, None, diagnostics=("ref_logps", "ref_policy_kl")))
+    evaluate_probe = jax.jit(stage_setup.make_probe(spec))
+    watching = watch.Watch(setup, optimizer, ref) if stage.diagnostics else None
+    if watching:
+        ctx.console.print(watching.describe(), markup=False)
     if at == 0:
         evaluate_now(0)
+        if watching:
+            writer.write(0, watching.look(state, hyper, key_of(2**31)), split="diagnostics")
     began, tokens_done, last_shown = time.monotonic(), 0.0, ""
     pending = None
 
@@ -331,13 +327,17 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
                 jax.profiler.start_trace(str(ctx.workdir / "profile"))
             distributed.at(f"in {name} at step {number}")
             key = key_of(number)
+            due = watching is not None and watching.due(number)
+            told = watching.before_update(state, batch, hyper, key) if due else None
             state, out = update(state, ref, batch, hyper, key, frozen)
             if number == profile_steps[1] > profile_steps[0]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
             if pending is not None:
                 settle(pending)
-            pending = (number, out, [train[i].id for i in index[:stage.records_in_log]])
+            pending = (number, out, [setup.train[i].id for i in index[:stage.records_in_log]])
+            if due:
+                writer.write(number, watching.look(state, hyper, key_of(2**31), told), split="diagnostics")
             bar.advance(task)
             shapes[_shape(batch)] = None
             if update._cache_size() > stage.compile_budget:
@@ -360,22 +360,9 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
                 raise context.Preempted(f"stopped at step {number} of {total} in {name}; run the same command again")
     saved.close()
     writer.close()
-    context.save_stage_params(folder, state.params, base=init, adapters=adapters)
-    rows = metrics_lib.read_metrics(ctx.workdir, stage=name) if distributed.is_main() else []
-    history = [r for r in rows if r["split"] == "train"]
-    if history:
-        figures.training_curves(history, ctx.workdir / "figures" / f"{name}_training.png")
-    watched = [r for r in rows if r["split"] == "probe"]
-    if watched:
-        series = {k: np.asarray([r[k] for r in watched]) for k in ("chosen", "rejected", "unseen") if k in watched[0]}
-        figures.displacement(np.asarray([r["step"] for r in watched]), series,
-                             np.asarray([r["baseline"] for r in watched]),
-                             ctx.workdir / "figures" / f"{name}_displacement.png")
-    final = {k: history[-1][k] for k in ("loss", "accuracy", "margin") if history and k in history[-1]}
+    result = stage_setup.finish(setup, state.params, evaluated=best, compilations=update._cache_size())
     ctx.console.print(f"{name}: {total} steps  {last_shown}")
-    return {"steps": total, "records": len(train), "compilations": update._cache_size(), "train": final,
-            "eval": best, "fingerprint": context.fingerprint(distributed.to_host(
-                state.params["model" if adapters is None else "adapters"]))}
+    return result
 
 
 def _shape(batch) -> str:
@@ -408,85 +395,8 @@ def _memory(ctx: context.Context, stage: ConfigDict, name: str, batch, state, re
     return parts, advice
 
 
-def _adapters(stage: ConfigDict, where: str) -> models.AdapterConfig | None:
-    """The stage's adapter settings, or None where it trains all parameters."""
-    if not stage.lora.rank:
-        return None
-    try:
-        return models.AdapterConfig(**stage.lora.to_dict())
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _total_steps(stage: ConfigDict, records: int, seed: int) -> int:
-    return stage.steps or data.Plan(records, stage.batch_size, seed).num_steps(stage.epochs)
-
-
-def _optimizer(stage: ConfigDict, total: int):
-    return optim.from_section(stage.optim.to_dict(), total)
-
-
 def _committed(ctx: context.Context, state: Any) -> Any:
     """Every leaf on the mesh from the start, moments cut like their parameters (their paths end alike): a leaf that
     only the first update puts in its place would compile it twice."""
     state = jax.tree.map(jnp.asarray, state)
     return jax.device_put(state, sharding.param_shardings(state, ctx.mesh, ctx.rules))
-
-
-def _precompute(ctx, laid: stage_data.Batches, params, records: list, folder: pathlib.Path,
-                batch_size: int) -> np.ndarray:
-    """Reference sums [n, K] of all records, kept in the stage's folder under a fingerprint of model and data."""
-    mark = context.fingerprint({"model": distributed.to_host(params["model"]),
-                                "tokens": [np.concatenate([r.prompt, *r.completions]) for r in records]})
-    path = folder / "reference.npz"
-    if distributed.from_main("reference", path.exists()):
-        with np.load(path) as stored:
-            if str(stored["mark"]) != mark:
-                raise ConfigError(f"{path}: these reference log-probs are of another model or other data; remove the "
-                                  "file to compute them again")
-            return stored["logps"]
-    score = jax.jit(step.make_evaluate(ctx.spec, None))
-    out = []
-    # These batches are not the plan's: packed ones may need other rows than those that were planned.
-    laid = dataclasses.replace(laid, mismatched=False, shape=None if stage_data.packs(laid.layout) else laid.shape)
-    for start in range(0, len(records), batch_size):
-        batch = laid.make([records[i % len(records)] for i in range(start, start + batch_size)])
-        out.append(distributed.to_host(score({"model": params["model"]}, None, batch, {}, None, None)[1]["logps"]))
-    logps = np.concatenate(out)[:len(records)]
-    if distributed.is_main():
-        with checkpoint.disk(str(path)):
-            part = path.with_suffix(".part.npz")
-            np.savez(part, logps=logps, mark=mark)
-            part.replace(path)
-    return logps
-
-
-def _probe_records(ctx, stage: ConfigDict, train: list):
-    """Up to 64 training prompts with chosen, rejected and unseen completions, where the data has unseen ones."""
-    if not stage.data.path.startswith("stage:") or losses.from_section(stage.loss.to_dict()).info.chosen_only:
-        return None
-    unseen = sample.read_unseen(ctx.stage_dir(stage.data.path[len("stage:"):]))
-    both = [(r, unseen[r.id]) for r in train if r.id in unseen][:64]
-    ways = ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
-    records = [dataclasses.replace(r, completions=(*r.completions[:2], u), scores=None, labels=None,
-                                   completion_ended=(*r.completion_ended[:2], ctx.text.ended(u)))
-               for r, u in both[:len(both) // ways * ways]]
-    if not records:
-        return None
-    columns, slots = data.bucket_shape(records, stage.bucket_multiple)
-    batch = data.padded(records, K=3, T=columns, L=slots, pad_id=ctx.text.pad_id)
-    return sharding.shard_batch(batch, ctx.mesh)
-
-
-def _probe(evaluate_probe, params, ref, batch) -> dict[str, float]:
-    """Change of log-likelihood since the reference: chosen, rejected, unseen, and the baseline -KL(ref||policy).
-
-    The unseen completions are samples of the reference, so their expected change is exactly -KL(ref||policy) for
-    any training; the baseline is the same expectation with the vocabulary sum done exactly at each prefix.
-    """
-    arrays = distributed.to_host(evaluate_probe(params, ref, batch, {}, None, None)[1])
-    change = arrays["logps"] - arrays["ref_logps"]
-    out = {side: float(change[:, k].mean()) for k, side in enumerate(("chosen", "rejected", "unseen"))}
-    out["baseline"] = -float(arrays["ref_policy_kl"][:, 2].sum(-1).mean())
-    return out | {f"logp_{side}": float(arrays["logps"][:, k].mean())
-                  for k, side in enumerate(("chosen", "rejected", "unseen"))}

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from step_test import CONFIG, SPEC
 
-from alignax import configs, context, data, losses, models, sharding, stage_data, step, train
+from alignax import configs, context, data, losses, models, sharding, stage_data, stage_setup, step, train
 from alignax.data import degrade
 from alignax.types import ConfigError, DataError
 
@@ -193,7 +193,7 @@ def test_a_supervised_loss_keeps_the_chosen_completion_alone(mesh, tmp_path):
     path.write_text(json.dumps(dict(prompt="Tom saw a dog .", chosen=" Tom was happy .", rejected=" it fell .")) + "\n")
     for name, width in (("sft", 1), ("dft", 1), ("unlikelihood_token", 1), ("dpo+0.2*sft", 2), ("unlikelihood", 2)):
         stage = configs.train_stage(name, data=dict(path=str(path)), batch_size=1)
-        assert len(train._records(ctx, "method", stage)[0][0].completions) == width, name
+        assert len(stage_setup.records_of(ctx, "method", stage.to_dict())[0][0].completions) == width, name
 
 
 # What the data cannot give

@@ -28,10 +28,10 @@ LEVELS: dict[str, float] = {
     "optim": 4, "sharding": 4, "checkpoint": 4, "metrics": 4, "reference": 4, "sources": 4,
     "step": 5, "configs": 5,
     "context": 6, "sample": 6.1, "scoring": 6.15, "evaluate": 6.2, "stage_data": 6.2, "planning": 6.2,
-    "train": 6.3, "population": 6.3, "sweep": 6.3,
+    "stage_setup": 6.25, "watch": 6.28, "train": 6.3, "examine": 6.35, "population": 6.4, "sweep": 6.5,
     "launch": 7, "commands": 7.1, "cli": 7.2,
 }
-KNOW_CONFIGS = ("configs", "train", "launch", "commands", "cli")
+KNOW_CONFIGS = ("configs", "train", "population", "sweep", "launch", "commands", "cli")
 MAY_PRINT = ("cli", "commands")
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|work|opt|tmp)/\w")
 
@@ -137,7 +137,8 @@ def experiments(root: Path) -> list[str]:
     found = []
     for name, tree in sources(root, "experiments"):
         # What measures or writes documentation is no run.
-        script = name.startswith(tuple(f"experiments/{folder}/" for folder in ("benchmarks", "docs", "parity")))
+        scripts = ("benchmarks", "docs", "papers", "parity")
+        script = name.startswith(tuple(f"experiments/{folder}/" for folder in scripts))
         if not script and not any(isinstance(n, ast.FunctionDef) and n.name == "get_config" for n in tree.body):
             found.append(f"{name}: defines no get_config")
         if not ast.get_docstring(tree):
