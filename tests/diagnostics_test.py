@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import stats
 
-from alignax.diagnostics import compare, figures, tables
+from alignax.diagnostics import compare, figures, style, tables
 
 # --- compare ---------------------------------------------------------------------------------------------------------
 
@@ -167,13 +167,13 @@ def test_comparison_shows_every_policy_beside_the_baseline():
 def drawn(monkeypatch):
     """The axes of every figure that is drawn, in order."""
     axes: list[Axes] = []
-    original = figures._axes
+    original = style.axes
 
     def recording(figure, *place):
         axes.append(original(figure, *place))
         return axes[-1]
 
-    monkeypatch.setattr(figures, "_axes", recording)
+    monkeypatch.setattr(style, "axes", recording)
     return axes
 
 
@@ -225,9 +225,9 @@ def test_displacement(tmp_path, drawn):
 
 
 def test_labels_are_spread_without_changing_their_order():
-    placed = figures._spread([0.0, 0.01, 5.0, -0.01], 1.0)
+    placed = style.spread([0.0, 0.01, 5.0, -0.01], 1.0)
     np.testing.assert_allclose(placed, [0.0, 1.0, 5.0, -1.0])
-    assert figures._spread([3.0, 1.0], 0.5) == [3.0, 1.0]
+    assert style.spread([3.0, 1.0], 0.5) == [3.0, 1.0]
 
 
 def test_frontier(tmp_path, drawn):

@@ -1,7 +1,7 @@
-"""Figures of a run, written as PNG files: training curves, displacement, and the reward-KL frontier.
+"""Figures of a run: training curves, displacement, and the reward-KL frontier.
 
-Functions of plain numbers. They draw on canvases of their own with matplotlib's Agg backend: no global pyplot state,
-no display, no figure left open. Every function creates the file's folder where needed and returns the path.
+Functions of plain numbers, in the look of alignax/diagnostics/style.py. Every function writes a PNG file and an SVG
+file beside it, creates their folder where needed, and returns the path of the PNG.
 """
 
 from __future__ import annotations
@@ -12,39 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from alignax.diagnostics import style
 from alignax.diagnostics.compare import best_of_n_kl, best_of_n_win_rate
-
-# Okabe and Ito's palette: told apart by readers with any colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK, _MUTED, _GRID = "#222222", "#6b6b6b", "#e4e4e4"
-_DPI = 150
-
-
-def _axes(figure: Figure, *place: int) -> Axes:
-    """Axes with an open frame, a faint grid behind the data and muted ticks."""
-    axes = figure.add_subplot(*place)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_MUTED)
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelsize=9)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    return axes
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> Path:
-    """Write the figure as PNG."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=_DPI)
-    return path
+from alignax.diagnostics.style import COLOURS, INK, MUTED
 
 
 def _number(value) -> float | None:
@@ -87,39 +59,22 @@ def training_curves(
 
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3.9 * columns, 2.5 * lines + 0.2), layout="constrained")
+    figure = style.figure(3.9 * columns, 2.5 * lines + 0.2)
     for index, name in enumerate(names):
-        axes = _axes(figure, lines, columns, index + 1)
+        axes = style.axes(figure, lines, columns, index + 1)
         steps, values = np.array(curves[name][0]), np.array(curves[name][1])
         finite = np.isfinite(values)
-        axes.plot(steps, np.where(finite, values, np.nan), color=_COLOURS[0], linewidth=1.5,
+        axes.plot(steps, np.where(finite, values, np.nan), color=COLOURS[0], linewidth=1.5,
                   marker="o" if len(steps) < 3 else None, markersize=4)
-        axes.set_title(name, fontsize=10, loc="left", color=_INK)
+        axes.set_title(name, fontsize=10, loc="left", color=INK)
         if not finite.all():
             axes.set_title(f"{(~finite).sum()} of {finite.size} not finite", fontsize=8, loc="right",
-                           color=_COLOURS[1])
+                           color=COLOURS[1])
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if index + columns >= len(names):
             axes.set_xlabel("update step")
-    return _save(figure, path)
-
-
-def _spread(wanted: list[float], gap: float) -> list[float]:
-    """Move label heights apart until neighbours are at least `gap` apart, keeping their order and their mean."""
-    order = np.argsort(wanted, kind="stable")
-    heights = np.array(wanted, dtype=float)[order]
-    clusters = [[h, 1] for h in heights]  # (mean height, labels); touching clusters merge around their mean
-    merged: list[list[float]] = []
-    for mean, count in clusters:
-        merged.append([mean, count])
-        while len(merged) > 1 and merged[-1][0] - merged[-2][0] < gap * (merged[-1][1] + merged[-2][1]) / 2:
-            (m1, c1), (m2, c2) = merged[-2], merged[-1]
-            merged[-2:] = [[(m1 * c1 + m2 * c2) / (c1 + c2), c1 + c2]]
-    placed = [mean + gap * (i - (count - 1) / 2) for mean, count in merged for i in range(int(count))]
-    result = np.empty(len(wanted))
-    result[order] = placed
-    return result.tolist()
+    return style.save(figure, path)
 
 
 def displacement(
@@ -144,13 +99,13 @@ def displacement(
         if values.shape != steps.shape:
             raise ValueError(f"{name!r} has shape {list(values.shape)}, steps have {list(steps.shape)}")
 
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = _axes(figure, 1, 1, 1)
-    axes.axhline(0.0, color=_MUTED, linewidth=0.8)
+    figure = style.figure(7.2, 4.2)
+    axes = style.axes(figure, 1, 1, 1)
+    axes.axhline(0.0, color=MUTED, linewidth=0.8)
     labels = []
     for index, (name, values) in enumerate(lines.items()):
         base = baseline is not None and index == len(lines) - 1
-        colour = _INK if base else _COLOURS[index % len(_COLOURS)]
+        colour = INK if base else COLOURS[index % len(COLOURS)]
         axes.plot(steps, values, color=colour, linewidth=1.6 if base else 2.0, linestyle="--" if base else "-",
                   marker="o" if steps.size < 3 else None, markersize=4)
         ends = values[np.isfinite(values)]
@@ -160,12 +115,12 @@ def displacement(
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.margins(x=0.01)
     low, high = axes.get_ylim()
-    heights = _spread([end for _, _, end in labels], 0.055 * (high - low))
+    heights = style.spread([end for _, _, end in labels], 0.055 * (high - low))
     for (name, colour, _), height in zip(labels, heights, strict=True):
         # Axes fraction across, data units up: the label stands just outside the frame, beside its line's end.
         axes.text(1.01, height, name, color=colour, fontsize=9.5, va="center", clip_on=False,
                   transform=axes.get_yaxis_transform())
-    return _save(figure, path)
+    return style.save(figure, path)
 
 
 def frontier(points: Sequence[Mapping[str, object]], path: str | os.PathLike) -> Path:
@@ -191,27 +146,27 @@ def frontier(points: Sequence[Mapping[str, object]], path: str | os.PathLike) ->
         kl_max = max(kl_max, values["kl"] + 1.96 * values["kl_se"])
     limit = 1.12 * max(kl_max, 1.7)  # at least up to n = 8 or so
 
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axes = _axes(figure, 1, 1, 1)
-    axes.axhline(0.5, color=_MUTED, linewidth=0.8)
+    figure = style.figure(7.2, 4.6)
+    axes = style.axes(figure, 1, 1, 1)
+    axes.axhline(0.5, color=MUTED, linewidth=0.8)
     n = np.exp(np.linspace(0.0, limit + 1.0, 600))  # log n - 1 < KL: reaches past the limit
-    axes.plot(best_of_n_kl(n), best_of_n_win_rate(n), color=_MUTED, linewidth=1.5, zorder=2)
+    axes.plot(best_of_n_kl(n), best_of_n_win_rate(n), color=MUTED, linewidth=1.5, zorder=2)
     marks = 2.0 ** np.arange(0, math.floor((limit + 1.0) / math.log(2.0)) + 1)
     marks = marks[best_of_n_kl(marks) <= limit]
-    axes.plot(best_of_n_kl(marks), best_of_n_win_rate(marks), "o", color="white", markeredgecolor=_MUTED, markersize=5,
+    axes.plot(best_of_n_kl(marks), best_of_n_win_rate(marks), "o", color="white", markeredgecolor=MUTED, markersize=5,
               zorder=2)
     # From n = 16 on neighbours come closer to log 2 nats apart on a nearly flat line: label fewer of them.
     for exponent, mark in enumerate(marks):
         if 1 <= exponent <= 4 or (4 < exponent <= 10 and exponent % 2 == 0) or (exponent > 10 and exponent % 4 == 0):
             text = f"n = {mark:.0f}" if exponent == 1 else f"{mark:.0f}" if exponent <= 10 else f"$2^{{{exponent}}}$"
             axes.annotate(text, (best_of_n_kl(mark), best_of_n_win_rate(mark)), xytext=(6, -3),
-                          textcoords="offset points", fontsize=8, color=_MUTED, ha="left", va="top")
+                          textcoords="offset points", fontsize=8, color=MUTED, ha="left", va="top")
     axes.annotate("best of n samples", (limit, float(np.interp(limit, best_of_n_kl(n), best_of_n_win_rate(n)))),
-                  xytext=(-2, 6), textcoords="offset points", fontsize=9.5, color=_MUTED, ha="right", va="bottom")
+                  xytext=(-2, 6), textcoords="offset points", fontsize=9.5, color=MUTED, ha="right", va="bottom")
 
     left = min([0.0, *(float(p["kl"]) - 1.96 * float(p["kl_se"]) for p in points)])
     for index, point in enumerate(points):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         kl, rate = float(point["kl"]), float(point["win_rate"])
         axes.errorbar(kl, rate, xerr=1.96 * float(point["kl_se"]),
                       yerr=[[rate - float(point["lo"])], [float(point["hi"]) - rate]],
@@ -225,4 +180,4 @@ def frontier(points: Sequence[Mapping[str, object]], path: str | os.PathLike) ->
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("KL(policy ‖ ref) on samples of the policy  (nats per sequence)")
     axes.set_ylabel("win rate against the reference  (ties count half)")
-    return _save(figure, path)
+    return style.save(figure, path)

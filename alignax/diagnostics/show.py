@@ -133,18 +133,18 @@ def save_histogram(values: Mapping[str, np.ndarray], path: str | os.PathLike, *,
 
     Raises ConfigError where there is nothing to draw.
     """
-    from alignax.diagnostics import figures
+    from alignax.diagnostics import style
 
     drawn = {name: lengths for name, lengths in values.items() if len(lengths)}
     if not drawn:
         raise ConfigError("save_histogram: no lengths to draw")
-    figure = figures.Figure(figsize=(7, 4), layout="constrained")
-    axes = figures._axes(figure, 1, 1, 1)
+    figure = style.figure(7, 4)
+    axes = style.axes(figure, 1, 1, 1)
     edges = np.linspace(0, max(int(lengths.max()) for lengths in drawn.values()) + 1, 41)
-    for colour, (name, lengths) in zip(itertools.cycle(figures._COLOURS), drawn.items()):
+    for colour, (name, lengths) in zip(itertools.cycle(style.COLOURS), drawn.items()):
         axes.stairs(np.histogram(lengths, edges)[0], edges, label=f"{name}, n = {len(lengths)}", color=colour,
                     linewidth=1.6)
     axes.set_xlabel(f"length in {unit}")
     axes.set_ylabel("records")
     axes.legend(frameon=False, fontsize=9)
-    return figures._save(figure, path)
+    return style.save(figure, path)

@@ -1,0 +1,1 @@
+"""Published findings on preference training, run again in small: one file each, `all` writes docs/reproductions.md."""
