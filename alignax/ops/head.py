@@ -111,6 +111,7 @@ def head_stats(
     chunk = int(byte_budget // max(per_logit * vocab, 1))
     vocab_chunk = None if chunk >= 1 else min(vocab, max(1, int(byte_budget // per_logit)))
     chunk = min(max(chunk, 1), length)
+    chunk = -(-length // -(-length // chunk))  # as many chunks, of even length: the last one is padded the least
 
     def body(this, pair, temperature, hidden, targets, hidden_other):
         if vocab_chunk is None:
