@@ -9,10 +9,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from alignax.commands import chat, convert, data, evaluate, generate, methods, plan, report, sweep, train
+from alignax.commands import chat, convert, data, evaluate, generate, launch, methods, plan, report, sweep, train
 
 EXIT_ERROR = 2
-COMMANDS = (train, sweep, report, plan, generate, chat, evaluate, methods, convert, data)
+COMMANDS = (train, launch, sweep, report, plan, generate, chat, evaluate, methods, convert, data)
 
 
 def _parser() -> argparse.ArgumentParser:

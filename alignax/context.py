@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import signal
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,10 +59,16 @@ class Context:
 
 
 class Stop:
-    """Turns SIGTERM into a flag that the loop reads between two steps; a second one ends the process at once."""
+    """Turns SIGTERM into a flag that the loop reads between two steps; a second one ends the process at once.
+
+    One notice may come twice, from a parent that passes it on and from a cluster that signals every process of a job:
+    what follows the first within AGAIN seconds counts as the same.
+    """
+
+    AGAIN = 2.0
 
     def __init__(self):
-        self.requested = False
+        self.requested, self._since = False, 0.0
 
     @contextlib.contextmanager
     def listening(self):
@@ -69,9 +76,10 @@ class Stop:
 
         def handler(signum, frame):
             del frame
-            if self.requested:
+            if not self.requested:
+                self.requested, self._since = True, time.monotonic()
+            elif time.monotonic() - self._since > self.AGAIN:
                 os._exit(128 + signum)
-            self.requested = True
 
         try:
             former = signal.signal(signal.SIGTERM, handler)

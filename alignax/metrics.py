@@ -42,7 +42,7 @@ class MetricWriter:
                                     write_to_disk=True)
 
     def write(self, step: int, values: Mapping[str, float], *, split: str = "train") -> None:
-        """Writes the scalars of a step; `split` is train, eval or probe."""
+        """Writes the scalars of a step; `split` is train, eval, probe or diagnostics."""
         if self._file is None:
             return
         row = {"stage": self.stage, "split": split, "step": step} | {k: float(v) for k, v in values.items()}

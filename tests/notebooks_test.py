@@ -78,3 +78,13 @@ def test_the_sweep_runs_and_is_reported(executed):
     assert summary["finished"] == 12 and summary["configurations"] == 4 and summary["seeds"] == 3
     assert summary["factors"] == ["method.loss.beta", "method.optim.learning_rate"]
     assert summary["best"] > 0.55
+
+
+@pytest.mark.slow
+def test_looking_inside_a_run_shows_what_the_text_says(executed):
+    summary, images = executed("look_inside_a_run.ipynb")
+    assert images == 4 and summary["code"] == 0 and summary["page"] and summary["rows"] == 26
+    assert all(fit > 0.8 for fit in summary["fits"].values()), summary["fits"]
+    # The pair was trained on: its margin of credit is positive; fresh samples lose the baseline and no more.
+    assert summary["margin"] > 0 and summary["credit"][0] > summary["credit"][1]
+    assert summary["prompts"] == 32 and abs(summary["check"]) < 1.0

@@ -12,7 +12,7 @@ from typing import Any
 from alignax.commands import sweep_cost
 
 BACKENDS = ("population", "process", "slurm", "pod")
-LAUNCHED = ("slurm", "pod")
+ALONE = ("process", "slurm")  # members are runs of their own, which share no stages
 EXIT_FAILED = 1
 
 
@@ -37,11 +37,14 @@ def add(commands) -> None:
                         help="run every point with N seeds, from the config's own upwards (default: once)")
     parser.add_argument("--backend", default="population", metavar="NAME",
                         help="population: members that differ in numbers only train as one compiled program; process: "
-                             "each in a process of its own; slurm, pod: on a cluster (default population)")
+                             "each in a process of its own; slurm: each a job of an array (default population); jobs "
+                             "on pods: `alignax launch --members`")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
+                        help="backend slurm: as in `alignax launch --backend=slurm`; may be repeated")
     parser.add_argument("--base", choices=("shared", "own"), default=None,
                         help="shared: stages before the first one in which members differ run once, also for members "
                              "of different seeds, with the lowest seed; own: every member is what it would be alone "
-                             "(default: shared, and own for the backend process, which knows no other)")
+                             "(default: shared, and own for the backends process and slurm, which know no other)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (backend process; "
                                                                          "default 1)")
     parser.add_argument("--retries", type=int, default=1, metavar="N",
@@ -66,9 +69,11 @@ def run(arguments, console) -> int:
     folder = pathlib.Path(arguments.workdir)
     members = members_of(arguments.config, folder, axes=arguments.sweep, seeds=arguments.seeds,
                          overrides=arguments.overrides)
-    if arguments.base == "shared" and arguments.backend == "process":
-        raise ConfigError("--base=shared --backend=process: processes share no stages; allowed: own")
-    base = arguments.base or ("own" if arguments.backend == "process" else "shared")
+    if arguments.option and arguments.backend != "slurm":
+        raise ConfigError(f"--option={arguments.option[0]} --backend={arguments.backend}: options are Slurm's")
+    if arguments.base == "shared" and arguments.backend in ALONE:
+        raise ConfigError(f"--base=shared --backend={arguments.backend}: processes share no stages; allowed: own")
+    base = arguments.base or ("own" if arguments.backend in ALONE else "shared")
     plan = sweep.plan_of(members, base)
     known = sweep.claim(folder, plan)
     if arguments.dry_run:
@@ -126,9 +131,9 @@ def _check_backend(name: str) -> None:
 
     if name not in BACKENDS:
         raise ConfigError(f"--backend={name}; allowed: {', '.join(BACKENDS)}")
-    if name in LAUNCHED:
-        raise ConfigError(f"--backend={name}: runs on a cluster come with the command `alignax launch`, which this "
-                          "version does not have; allowed here: population, process")
+    if name == "pod":
+        raise ConfigError("--backend=pod: say which tool submits the members: alignax launch --members "
+                          "--backend=xpk|jobset|skypilot; then this command without --backend=pod writes the table")
 
 
 def _attempts(arguments, members: Sequence[Any], folder: pathlib.Path, base: str, progress: Any, console) -> None:
@@ -153,9 +158,20 @@ def _attempts(arguments, members: Sequence[Any], folder: pathlib.Path, base: str
             console.print(f"trying {len(left)} members again", highlight=False)
         if arguments.backend == "process":
             sweep.run_processes(left, folder, arguments.config.partition(":")[0], jobs=arguments.jobs, ended=ended)
+        elif arguments.backend == "slurm":
+            _slurm(left, arguments, folder, console, ended)
         else:
             _population(members, {m.name for m in left}, folder, base, console, ended)
     progress.settle()
+
+
+def _slurm(left: Sequence[Any], arguments, folder: pathlib.Path, console,
+           ended: Callable[[str, str, bool], None]) -> None:
+    from alignax.launching import job, options, slurm
+
+    say = lambda text: console.print(text, markup=False, highlight=False)
+    slurm.run_members(left, job.name_of(str(folder)), str(folder), arguments.config.partition(":")[0],
+                      options.parse("slurm", arguments.option), ended=ended, say=say)
 
 
 def _population(members: Sequence[Any], left: set[str], folder: pathlib.Path, base: str, console,

@@ -25,7 +25,8 @@ from alignax.launch import compilation_cache
 from experiments.papers import harness
 
 NAMES = ("three_d_properties", "squeezing", "gradient_field", "ipo_deterministic", "on_policy_bandit", "label_noise",
-         "mixed_quality", "dpo_shift", "h_dpo", "overoptimisation", "odpo", "reference_strength", "compare_losses")
+         "mixed_quality", "dpo_shift", "h_dpo", "overoptimisation", "odpo", "reference_strength", "compare_losses",
+         "three_d_real")
 FOLDER = "reproductions"
 
 
@@ -121,8 +122,11 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     store = options.out / FOLDER / "reports.json"
     reports = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     for name in options.only:
-        began = time.monotonic()
-        report = importlib.import_module(f"experiments.papers.{name}").run(harness.OUT, quick=options.quick)
+        began, module = time.monotonic(), importlib.import_module(f"experiments.papers.{name}")
+        if lacking := getattr(module, "lacking", lambda: "")():
+            console.print(f"{name}: left out, {lacking}", markup=False, highlight=False)
+            continue
+        report = module.run(harness.OUT, quick=options.quick)
         for figure in report["figures"]:
             small(figure, options.out / FOLDER / figure.name)
         reports[name] = {**report, "figures": [figure.name for figure in report["figures"]]}

@@ -1,0 +1,1 @@
+gcloud compute tpus tpu-vm ssh v4-32 --zone=us-central2-b --worker=all '--command=cd '"'"'my alignax'"'"' && python3 -m alignax.cli train --config experiments/dpo.py:loss=ipo --workdir '"'"'/runs/dpo b01'"'"' --config.seed=3 --config.train.loss.tau=0.2 --distributed'
