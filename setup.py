@@ -51,6 +51,7 @@ setup(
         "orbax-checkpoint>=0.11",
         "rich>=13.7",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6.2",
         "tokenizers>=0.21",
     ],

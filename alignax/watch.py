@@ -268,7 +268,7 @@ class Watch:
                                               state.opt_state, state.params)
         given = section["optim"]
         clip = attribution.clip_factor(optax.tree.norm(whole), given["clip_norm"])
-        clipped = {side: jax.tree.map(lambda g: g, tree) for side, tree in grads.items()}
+        clipped = {side: jax.tree.map(lambda g: clip * g, tree) for side, tree in grads.items()}
         rate = optim.schedule(given["schedule"], given["learning_rate"], self.setup.total,
                               given["warmup_steps"])(state.step)
         shares = attribution.split_update(given["name"], given["options"], rate, state.opt_state, after, clipped,

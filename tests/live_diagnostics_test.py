@@ -323,7 +323,7 @@ def small(steps: int, names=tuple(live.GROUPS), every: int = 1, **optim):
     config.sft.steps = 30
     config.method.steps, config.method.eval_every, config.method.checkpoint_every = steps, steps, steps // 2
     config.method.diagnostics, config.method.diagnose_every = names, every
-    config.method.optim.update(optim)
+    config.method.optim.update({"clip_norm": 0.1} | optim)  # below every gradient's norm, so that the clip matters
     return config
 
 

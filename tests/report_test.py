@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from scipy.special import expit
 
-from alignax import cli, configs, data, examine, metrics, models, train
+from alignax import cli, configs, data, examine, metrics, models, step, train
 from alignax.diagnostics import properties, report_run
 
 pytestmark = pytest.mark.slow
@@ -70,6 +70,33 @@ def test_the_baseline_is_what_fresh_samples_lose(measured):
     expected = np.mean(told["change"]["chosen"] - told["baseline"])
     assert found["excess"]["chosen"].mean == pytest.approx(expected)
     assert found["excess"]["chosen"].low <= expected <= found["excess"]["chosen"].high
+
+
+def test_every_number_is_read_from_its_own_completion(measured, monkeypatch):
+    ctx, config, told = measured
+    score, seen = examine._score, {}
+
+    def kept(ctx, before, after, texts, count):
+        seen.update(texts=texts, found=score(ctx, before, after, texts, count))
+        return seen["found"]
+
+    monkeypatch.setattr(examine, "_score", kept)
+    told = examine.stage(ctx, config, "method", prompts=8, samples=3)
+    found = seen["found"]
+    change = found["logps"] - found["ref_logps"]
+    np.testing.assert_array_equal(told["baseline"], -found["kl"][:, 2:5].mean(1))
+    for side, expected in (("chosen", change[:, 0]), ("rejected", change[:, 1]), ("fresh", change[:, 2:5].mean(1)),
+                           ("greedy", change[:, 5])):
+        np.testing.assert_array_equal(told["change"][side], expected)
+    pairs = {r.id: r.completions for r in examine.sample.read_pairs(ctx.stage_dir("sample"), ctx.text.eos_ids)[0]}
+    for text in seen["texts"][:3]:
+        assert len(text.completions) == 6
+        for k in range(2):
+            np.testing.assert_array_equal(text.completions[k], pairs[text.id][k])
+        # What greedy decoding wrote is likelier at its first token than any other completion's first token.
+        record = data.padded([text], K=6, T=128, L=48, pad_id=ctx.text.pad_id)
+        first = step.compute(ctx.spec, ctx.params_of("sft"), None, record, {"token_logps"})["token_logps"][0, :, 0]
+        assert float(first[5]) >= float(first.max()) - 1e-5
 
 
 def test_slopes_are_dpos_closed_form(measured):

@@ -50,7 +50,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0,bf_interval=1
 ReturnToService=2
 MinJobAge=300
-KillWait=5
+KillWait=2
 MailProg=/bin/true
 FirstJobId={first}
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 CoresPerSocket=4 State=UNKNOWN

@@ -26,7 +26,7 @@ def get_config(arg=""):
     config = configs.base(tokenizer="builtin:stories", stages=("sft",))
     config.model = configs.model_section(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
                                          num_kv_heads=1, head_dim=8, max_positions=128)
-    config.sft = configs.train_stage("sft", steps={steps}, batch_size=8, log_every=1, checkpoint_every=20,
+    config.sft = configs.train_stage("sft", steps={steps}, batch_size=8, log_every=1, checkpoint_every=10,
                                      eval_every=1000, data=dict(max_records=64, eval_records=8))
     return config
 """
@@ -64,7 +64,7 @@ def fingerprint(workdir: Path) -> str:
 
 
 def test_a_run_that_is_told_to_stop_and_one_that_is_killed_end_as_if_undisturbed(cluster, tmp_path, capfd):
-    (tmp_path / "config.py").write_text(CONFIG.format(steps=120))
+    (tmp_path / "config.py").write_text(CONFIG.format(steps=70))
 
     def launch(name: str, expected: int = 0) -> tuple[Path, str]:
         workdir = tmp_path / name
@@ -85,16 +85,16 @@ def test_a_run_that_is_told_to_stop_and_one_that_is_killed_end_as_if_undisturbed
         assert not (workdir / "result.json").exists(), "the run ended before it was disturbed"
         return cluster.state(job) == f"RUNNING {restarts}" and steps(workdir)[-1:] > [step]
 
-    cluster.when(lambda: past(10, 0), LIMIT, told)
+    cluster.when(lambda: past(5, 0), LIMIT, told)
     cluster.ask("scancel", "--signal=TERM", job)
     before = steps(workdir)[-1]
-    cluster.when(lambda: past(before + 15, 1), LIMIT, told)
+    cluster.when(lambda: past(before + 12, 1), LIMIT, told)
     beat = json.loads((supervise.folder_of(workdir) / "1.json").read_text())
     os.kill(beat["pid"], signal.SIGKILL)
     cluster.when(lambda: not slurm.alive([first, job]), LIMIT, told)
 
     assert cluster.state(job) == "COMPLETED 2" and cluster.state(first) == "COMPLETED 0", told()
-    assert steps(workdir) == list(range(1, 121))
+    assert steps(workdir) == list(range(1, 71))
     assert rows(workdir) == rows(quiet)
     assert fingerprint(workdir) == fingerprint(quiet)
     output = slurm.log_of(str(workdir), job).read_text()

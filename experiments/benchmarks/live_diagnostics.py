@@ -4,8 +4,9 @@
 
 Both are timed in turns on the stage's own batch: in a round a stretch of updates, then one look with the reading of its
 numbers; the share is look / (interval x update) inside the round, so that a slow moment of a shared machine hits both.
-Prints the default interval, the median share with its quartiles, and the largest temporary memory of a look beside
-that of the update. Cost: about a minute on two cores. Expected: a share of at most 3% for every group.
+Prints the default interval, the median share with its quartiles, and the largest temporary memory of a look beside that
+of the update. Cost: about two minutes on two idle cores. Expected: a share of at most 3% for every group; measured on
+two busy cores 1.2 to 1.8%, quartiles within 0.8 and 2.3%.
 """
 
 from __future__ import annotations
