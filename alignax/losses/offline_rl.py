@@ -139,7 +139,7 @@ def ilql_mc_returns(token_logps: Array, q_values: Array, q_logps: Array, token_r
 
 
 @method(id="imagined_conversations", system="Goal-directed dialogue by offline RL on imagined conversations (ILQL)",
-        arxiv="2311.05584", fidelity="paper")
+        arxiv="2311.05584", fidelity="reconstruction")
 def imagined_conversations(token_logps: Array, values: Array, q_values: Array, target_q_values: Array, q_logps: Array,
                            token_rewards: Array, mask: Array, *, expectile: Any = 0.7, gamma: Any = 0.99,
                            value_weight: Any = 1.0, cql_weight: Any = 1.0, bc_weight: Any = 1.0) -> Terms:
