@@ -170,7 +170,7 @@ def test_bad_sweeps_are_refused_before_anything_runs(place, tmp_path, capsys, te
     (["--sweep", "method.optim.learning_rate=1,2"], ("two axes set",)),
     (["--sweep", "seed=1,2", "--seeds", "2"], ("sets the seed",)),
     (["--backend", "cloud"], ("--backend=cloud", "population, process, slurm, pod")),
-    (["--backend", "slurm"], ("alignax launch", "population, process")),
+    (["--backend", "pod"], ("alignax launch --members", "xpk|jobset|skypilot")),
     (["--backend", "process", "--base", "shared"], ("share no stages",)),
     (["--seeds", "-1"], ("--seeds=-1",)), (["--jobs", "0"], ("--jobs=0",)),
 ])
