@@ -7,6 +7,7 @@ A run is `stages`, a tuple of names, each naming a section of the config. Sectio
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -183,19 +184,25 @@ def check(config: ConfigDict) -> None:
                                   "config.model.dtype='float32'; allowed: False, or model.dtype='bfloat16'")
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """dotted key -> value of nested plain dicts, so that two configs can be compared key by key."""
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+    return {prefix: tree}
+
+
 def _check_train(stage: ConfigDict, where: str) -> None:
     _check_keys(stage.data, set(train_stage().data), f"{where}.data")
     _check_keys(stage.optim, set(optim_section()), f"{where}.optim")
     _check_keys(stage.lora, set(lora_section()), f"{where}.lora")
     try:
-        losses.from_section(stage.loss.to_dict())
+        loss = losses.from_section(stage.loss.to_dict())
     except ConfigError as error:
         raise ConfigError(f"{where}.loss: {error}") from error
     _one_of(stage, "truncation", ("error", "drop", "left", "right"), where)
     _one_of(stage, "layout", LAYOUT_NAMES, where)
     _one_of(stage, "shapes", ("global", "batch"), where)
-    _check_idle(stage, where)
-    loss = losses.from_section(stage.loss.to_dict())
+    _check_idle(stage, loss.requests, where)
     live.check(tuple(stage.diagnostics), stage.diagnose_every, stage.to_dict(), loss.requests, where,
                chosen_only=loss.info.chosen_only)
     if stage.batch_size < 1 or stage.accumulation < 1 or stage.batch_size % stage.accumulation:
@@ -205,7 +212,7 @@ def _check_train(stage: ConfigDict, where: str) -> None:
         raise ConfigError(f"{where}.steps={stage.steps} and {where}.epochs={stage.epochs}: one must be positive")
 
 
-def _check_idle(stage: ConfigDict, where: str) -> None:
+def _check_idle(stage: ConfigDict, requests: tuple[str, ...], where: str) -> None:
     """Refuses a value that another key makes idle: it would change nothing, and say nothing."""
     plain = lambda value: tuple(value) if isinstance(value, (list, tuple)) else value
     for key, default in lora_section().items():
@@ -215,7 +222,6 @@ def _check_idle(stage: ConfigDict, where: str) -> None:
     if stage.data.eval_path and stage.data.eval_fraction:
         raise ConfigError(f"{where}.data.eval_fraction={stage.data.eval_fraction} has no effect beside "
                           f"{where}.data.eval_path={stage.data.eval_path!r}; allowed: one of the two")
-    requests = losses.from_section(stage.loss.to_dict()).requests
     if stage.data.aux_prompt and "aux_prompt" not in {REQUESTS[name].stream for name in requests}:
         raise ConfigError(f"{where}.data.aux_prompt={stage.data.aux_prompt!r} has no effect with the loss "
                           f"{stage.loss.name!r}, which asks for no completions behind another prompt; allowed: ''")

@@ -54,7 +54,7 @@ def score(spec: step.ModelSpec, params, records: Sequence[data.TokenRecord], *, 
     if not records or not all(record.completions for record in records):
         raise ConfigError("score(records=): found none, or one without completions; allowed: one or more with some")
     mesh = sharding.make_mesh() if mesh is None else mesh
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.batch_ways(mesh)
     names = _POLICY | (_REFERENCE if reference is not None else {})
     if "reward_head" in params:
         names = names | {"rewards": "head_reward"}

@@ -131,12 +131,17 @@ def over_activations(mesh: Mesh | AbstractMesh) -> NamedSharding | None:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
 
 
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many pieces a batch is cut: the devices along data and fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def shard_batch(batch, mesh: Mesh):
     """Puts every leaf of a batch on the devices, its leading axis cut over data and fsdp.
 
     Raises ConfigError where a leading axis does not divide: a silently replicated batch would hide the mistake.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
 
     def one(leaf):
         if leaf.shape[0] % ways:

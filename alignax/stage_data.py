@@ -273,7 +273,7 @@ class Batches:
     def _share(self, records: Records, shape: data.Shape, swapped: Mapping[str, Records],
                own_shapes: Mapping[str, tuple[Records, data.Shape]], extra: Mapping[str, np.ndarray]) -> Batch:
         """The same global batch, of which this process lays out only the records of its own devices."""
-        ways, own = self.mesh.shape["data"] * self.mesh.shape["fsdp"], distributed.own_blocks(self.mesh)
+        ways, own = sharding.batch_ways(self.mesh), distributed.own_blocks(self.mesh)
         if len(records) % ways or self.groups % ways and self.groups != 1:
             raise ConfigError(f"a batch of {len(records)} records in {self.groups} groups does not divide over {ways} "
                               "devices (data x fsdp)")
@@ -319,7 +319,7 @@ def batches(ctx: Context, train: Sequence[data.TokenRecord], held_out: Sequence[
 def row_groups(mesh: jax.sharding.Mesh, layout: str, accumulation: int) -> int:
     """What the records of a batch must be a multiple of: the devices that share it, and in a packed layout, whose rows
     are cut into groups, the micro-batches too."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.batch_ways(mesh)
     return ways * accumulation if packs(layout) else ways
 
 

@@ -185,7 +185,7 @@ def probe_batch(setup: Setup) -> Batch | None:
         return None
     unseen = sample.read_unseen(ctx.stage_dir(section["data"]["path"][len("stage:"):]))
     both = [(r, unseen[r.id]) for r in setup.train if r.id in unseen][:64]
-    ways = ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
+    ways = sharding.batch_ways(ctx.mesh)
     records = [dataclasses.replace(r, completions=(*r.completions[:2], u), scores=None, labels=None,
                                    completion_ended=(*r.completion_ended[:2], ctx.text.ended(u)))
                for r, u in both[:len(both) // ways * ways]]

@@ -208,19 +208,13 @@ def claim(workdir: pathlib.Path, plain: dict) -> None:
                                     for p in workdir.iterdir()):
             raise ConfigError(f"--workdir={workdir} is not empty and holds no run of alignax; nothing was written")
         return
-    old = _flat(json.loads(stored.read_text(encoding="utf-8")))
-    new = _flat(plain)
+    old = configs.flat(json.loads(stored.read_text(encoding="utf-8")), "config")
+    new = configs.flat(plain, "config")
     differ = sorted(k for k in old.keys() | new.keys() if old.get(k, "absent") != new.get(k, "absent"))
     if differ:
         shown = "; ".join(f"{k}: stored {old.get(k, 'absent')!r}, given {new.get(k, 'absent')!r}" for k in differ[:6])
         raise ConfigError(f"--workdir={workdir} holds a run of another config ({len(differ)} keys differ: {shown}); "
                           "choose another folder. Nothing was written")
-
-
-def _flat(tree: Any, prefix: str = "config") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}").items()}
-    return {prefix: tree}
 
 
 def check_deterministic() -> None:
@@ -380,7 +374,7 @@ def _memory(ctx: context.Context, stage: ConfigDict, name: str, batch, state, re
         parts |= memory.estimate(batch, layers=config.num_layers, width=config.hidden_size,
                                  inner=config.intermediate_size, vocab=config.vocab_size,
                                  head_bytes=ctx.spec.byte_budget, remat=ctx.spec.remat,
-                                 accumulation=stage.accumulation, ways=ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"])
+                                 accumulation=stage.accumulation, ways=sharding.batch_ways(ctx.mesh))
     where, size = f"config.{name}", stage.batch_size
     advice = {f"{where}.accumulation": f"{stage.accumulation}, the next divisor of batch_size={size} is larger",
               f"{where}.batch_size": f"{size}, {max(size // 2, 1)} takes half"}

@@ -45,7 +45,7 @@ def make_probe(setup: Setup) -> Probe:
     for index, record in enumerate(setup.train):
         if len(record.completions) >= 2 and len(seen) < live.PROMPTS:
             seen.setdefault(record.prompt.tobytes(), index)
-    ways = ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"]
+    ways = sharding.batch_ways(ctx.mesh)
     index = list(seen.values())[:len(seen) // ways * ways]
     if not index:
         raise DataError(f"config.{setup.name}.diagnostics: {len(seen)} prompts have two completions; allowed: at least "

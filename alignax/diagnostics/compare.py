@@ -10,7 +10,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+RESAMPLES = 2000
 _Z95 = 1.959963984540054  # 97.5% quantile of the standard normal distribution
+
+
+def bootstrap(groups: Sequence[np.ndarray], location, seed: int) -> tuple[float, float]:
+    """The percentiles 2.5 and 97.5 of the location of RESAMPLES bootstrap samples, drawn group by group.
+
+    groups: float64 [n] each; location(samples, axis=1), as np.mean.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = np.concatenate([g[rng.integers(g.size, size=(RESAMPLES, g.size))] for g in groups], axis=1)
+    low, high = np.percentile(location(drawn, axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _vector(name: str, value) -> np.ndarray:

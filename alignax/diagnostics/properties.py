@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000
+from alignax.diagnostics.compare import bootstrap
+
 SHOWN, ABSENT, OPEN = "shown", "not shown", "not judged"
 
 
@@ -42,9 +43,7 @@ def interval(values: object, *, seed: int = 0) -> Interval:
     values = np.asarray(values, np.float64)
     if values.size < 2:
         return Interval(float(values.mean()), float("nan"), float("nan"))
-    draws = np.random.default_rng(seed).integers(0, values.size, (RESAMPLES, values.size))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high))
+    return Interval(float(values.mean()), *bootstrap([values], np.mean, seed))
 
 
 def excess(change: object, baseline: object, *, seed: int = 0) -> Interval:

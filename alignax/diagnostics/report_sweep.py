@@ -16,6 +16,7 @@ from rich.table import Table
 
 from alignax.diagnostics import pages, sweep_figures
 from alignax.diagnostics import sweep_statistics as statistics
+from alignax.diagnostics.compare import RESAMPLES
 from alignax.types import ConfigError, DataError
 
 _LOWER = ("loss", "kl", "perplexity")
@@ -111,7 +112,7 @@ def _told(rows: Sequence[Mapping], found: Sequence[statistics.Configuration], me
              f"{len(found)} configurations with {' to '.join(map(str, {seeds[0]: 0, seeds[-1]: 0}))} "
              f"{'seed' if seeds[-1] == 1 else 'seeds'} each. "
              "Configurations are summarised by the interquartile mean over seeds, with 95% percentile intervals of "
-             f"{statistics.RESAMPLES} bootstrap samples ({drawn})."]
+             f"{RESAMPLES} bootstrap samples ({drawn})."]
     if 1 < seeds[-1] < _FEW_SEEDS:
         lines.append(f"Intervals of fewer than {_FEW_SEEDS} seeds are too narrow: a bootstrap knows no seed that it "
                      "has not seen.")

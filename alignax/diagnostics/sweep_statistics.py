@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 2000
+from alignax.diagnostics.compare import bootstrap
+
 MOST_LEVELS = 8
 _BINS = 4
 
@@ -83,7 +84,7 @@ def estimate(strata: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
         return Estimate(value, None, None, 1)
     if min(group.size for group in groups) < 2:
         groups = [pooled]
-    return Estimate(value, *_interval(groups, interquartile_mean, seed), pooled.size)
+    return Estimate(value, *bootstrap(groups, interquartile_mean, seed), pooled.size)
 
 
 def mean_difference(pairs: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -93,15 +94,7 @@ def mean_difference(pairs: Sequence[float], *, seed: int = 0) -> Estimate:
         raise ValueError("a mean difference needs at least one pair")
     if values.size < 2:
         return Estimate(float(values.mean()), None, None, 1)
-    return Estimate(float(values.mean()), *_interval([values], lambda v, axis: v.mean(axis), seed), values.size)
-
-
-def _interval(groups: Sequence[np.ndarray], location, seed: int) -> tuple[float, float]:
-    """The percentiles 2.5 and 97.5 of the location of bootstrap samples, drawn group by group."""
-    rng = np.random.default_rng(seed)
-    drawn = np.concatenate([g[rng.integers(g.size, size=(RESAMPLES, g.size))] for g in groups], axis=1)
-    low, high = np.percentile(location(drawn, axis=1), [2.5, 97.5])
-    return float(low), float(high)
+    return Estimate(float(values.mean()), *bootstrap([values], np.mean, seed), values.size)
 
 
 def value_of(row: Mapping[str, Any], metric: str) -> float | None:

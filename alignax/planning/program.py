@@ -95,7 +95,7 @@ def simulated_mesh(sizes: Mapping[str, int]) -> Mesh | AbstractMesh:
 
 def _batch(setup: Setup, size: Size, mesh: Mesh | AbstractMesh) -> Batch:
     """A batch as shapes: full records of the layout, with every stream and array that the loss asks for."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.batch_ways(mesh)
     if size.prompts % (ways * setup.accumulation):
         raise ConfigError(f"a batch of {size.prompts} prompts does not divide over {ways} devices (data x fsdp) and "
                           f"{setup.accumulation} micro-batches")

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignax import checkpoint, presence
+from alignax import checkpoint, configs, presence
 from alignax.sweep.members import Member
 from alignax.types import ConfigError
 
@@ -58,7 +58,7 @@ def _differences(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]:
     lines += [f"member {name}: given, not stored" for name in after if name not in before]
     alike: dict[str, list[str]] = {}  # what differs -> the members of which it is true
     for name in (name for name in after if name in before):
-        one, two = (_flat({key: side[name][key] for key in ("factors", "config")}) for side in (before, after))
+        one, two = (configs.flat({key: side[name][key] for key in ("factors", "config")}) for side in (before, after))
         for key in sorted(one.keys() | two.keys()):
             was, now = one.get(key, "absent"), two.get(key, "absent")
             if was != now:
@@ -67,12 +67,6 @@ def _differences(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"member{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}: {text}")
     return lines
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
-    return {prefix: tree}
 
 
 def finished(folder: pathlib.Path, name: str) -> bool:

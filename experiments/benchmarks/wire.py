@@ -12,7 +12,8 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,3 +72,29 @@ def read_pairs(path: str | os.PathLike) -> list[tuple[list[int], list[int], list
         columns = [[piece.tolist() for piece in np.split(arrays[name], np.cumsum(arrays[f"{name}_lengths"])[:-1])]
                    for name in ("prompt", "chosen", "rejected")]
     return list(zip(*columns, strict=True))
+
+
+def serve(training: Callable[[dict], Any], sampling: Callable[[dict], Any], version: str) -> None:
+    """Serves a contender whose updates come one at a time until the driver hangs up.
+
+    training(order): has once() -> (seconds, loss) and facts() -> what `load` answers, asked before the first update.
+    sampling(order): has generate(prompts, new, seed, ends, show) -> the answer.
+    """
+    wire, run = Wire(), None
+    for order in wire.orders():
+        if order["do"] == "load" and order.get("task") == "generate":
+            run = sampling(order)
+            wire.answer(version=version)
+        elif order["do"] == "load":
+            run = training(order)
+            facts = run.facts()
+            first, loss = run.once()
+            wire.answer(first_seconds=first, loss=loss, peak=peak_bytes(), version=version, **facts)
+            forget_peak()
+        elif order["do"] == "steps":
+            spent, done = time.process_time(), [run.once() for _ in range(order["count"])]
+            wire.answer(cpu=(time.process_time() - spent) / order["count"], seconds=[s for s, _ in done],
+                        losses=[x for _, x in done], peak=peak_bytes())
+        else:
+            wire.answer(**run.generate(order["prompts"], order["new"], order["seed"], order["ends"],
+                                       order.get("show", False)))

@@ -11,7 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from wire import Wire, forget_peak, peak_bytes, read_pairs
+from wire import peak_bytes, read_pairs, serve
 
 from alignax import data, losses, models, optim, rollout, step
 
@@ -61,6 +61,12 @@ class Training:
         """[B, 2] sums of a batch."""
         return np.asarray(self.evaluate(params, None, self.batch(number), {}, None, None)[1]["logps"])
 
+    def facts(self) -> dict:
+        """What is told of the loaded run."""
+        rows, columns = self.batch(0).streams["pair"].tokens.shape
+        return dict(log_probs=self.parity.ravel().tolist(), reference_seconds=self.reference_seconds,
+                    load_seconds=self.ready_seconds, cells=rows * columns)
+
     def once(self) -> tuple[float, float]:
         """(seconds, loss) of the next update, from records on the host to new parameters."""
         began = time.perf_counter()
@@ -90,29 +96,5 @@ class Sampling:
         return found | ({"ids": np.asarray(out.tokens)[:, 0].tolist()} if show else {})
 
 
-def main() -> None:
-    """Serves until the driver hangs up."""
-    wire, run = Wire(), None
-    for order in wire.orders():
-        if order["do"] == "load" and order.get("task") == "generate":
-            run = Sampling(order)
-            wire.answer(version=jax.__version__)
-        elif order["do"] == "load":
-            run = Training(order)
-            first, loss = run.once()
-            rows, columns = run.batch(0).streams["pair"].tokens.shape
-            wire.answer(log_probs=run.parity.ravel().tolist(), first_seconds=first, loss=loss, peak=peak_bytes(),
-                        reference_seconds=run.reference_seconds, load_seconds=run.ready_seconds,
-                        version=f"jax {jax.__version__}", cells=rows * columns)
-            forget_peak()
-        elif order["do"] == "steps":
-            spent, done = time.process_time(), [run.once() for _ in range(order["count"])]
-            wire.answer(cpu=(time.process_time() - spent) / order["count"], seconds=[s for s, _ in done],
-                        losses=[x for _, x in done], peak=peak_bytes())
-        else:
-            wire.answer(**run.generate(order["prompts"], order["new"], order["seed"], order["ends"],
-                                       order.get("show", False)))
-
-
 if __name__ == "__main__":
-    main()
+    serve(Training, Sampling, f"jax {jax.__version__}")

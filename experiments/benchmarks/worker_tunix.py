@@ -18,7 +18,7 @@ from tunix.generate import sampler as samplers
 from tunix.models.llama3 import model as llama
 from tunix.models.llama3 import params as weights
 from tunix.sft.dpo import dpo_trainer
-from wire import Wire, forget_peak, peak_bytes, read_pairs
+from wire import peak_bytes, read_pairs, serve
 
 VERSION = f"Tunix {importlib.metadata.version('google-tunix')}, jax {jax.__version__}"
 
@@ -72,6 +72,11 @@ class Training:
         chosen, rejected = dpo_trainer.compute_logps(self.model, one.input_ids, one.positions, one.attention_mask,
                                                      one.logits_to_keep, one.completion_mask)
         return np.stack([chosen, rejected], 1).ravel().tolist()
+
+    def facts(self) -> dict:
+        """What is told of the loaded run."""
+        return dict(log_probs=self.log_probs(), reference_seconds=0.0, load_seconds=self.load_seconds,
+                    cells=2 * len(self.batches[0]) * (self.prompt + self.response))
 
     def once(self) -> tuple[float, float]:
         """(seconds, loss) of the next step: inputs, reference and update."""
@@ -129,29 +134,5 @@ class Sampling:
         return found | ({"ids": tokens.tolist()} if show else {})
 
 
-def main() -> None:
-    """Serves until the driver hangs up."""
-    wire, run = Wire(), None
-    for order in wire.orders():
-        if order["do"] == "load" and order.get("task") == "generate":
-            run = Sampling(order)
-            wire.answer(version=VERSION)
-        elif order["do"] == "load":
-            run = Training(order)
-            parity = run.log_probs()
-            first, loss = run.once()
-            cells = 2 * order["batch"] * (run.prompt + run.response)
-            wire.answer(log_probs=parity, first_seconds=first, loss=loss, peak=peak_bytes(), reference_seconds=0.0,
-                        load_seconds=run.load_seconds, version=VERSION, cells=cells)
-            forget_peak()
-        elif order["do"] == "steps":
-            spent, done = time.process_time(), [run.once() for _ in range(order["count"])]
-            wire.answer(cpu=(time.process_time() - spent) / order["count"], seconds=[s for s, _ in done],
-                        losses=[x for _, x in done], peak=peak_bytes())
-        else:
-            wire.answer(**run.generate(order["prompts"], order["new"], order["seed"], order["ends"],
-                                       order.get("show", False)))
-
-
 if __name__ == "__main__":
-    main()
+    serve(Training, Sampling, VERSION)
