@@ -89,7 +89,7 @@ def test_decode_steps_equal_the_scanned_forward(params):
     tokens = draw((2, 8))
     expected = forward(CONFIG, params, *plain(tokens))
     cache, valid = models.init_cache(CONFIG, 2, 8), jnp.ones((2, 8), bool)
-    assert len(cache) == CONFIG.num_layers and cache[0].key.shape == (2, 8, 2, 6)
+    assert len(cache) == CONFIG.num_layers and cache[0].key.shape == (2, 2, 8, 6)
     step = jax.jit(models.decode_step, static_argnums=0)
     position = plain(tokens)[3]
     out, cache = step(CONFIG, params, tokens[:, :5], position[:, :5], cache, 0, valid)

@@ -14,7 +14,7 @@ import scipy.stats
 
 from alignax import data, models, step
 from alignax.ops.head import head_stats
-from alignax.rollout import apply_temperature, generate, sampler, top_p_filter
+from alignax.rollout import apply_temperature, categorical, generate, refill, sampler, stop_table, top_p_filter
 from alignax.types import ConfigError, DataError
 
 CONFIG = models.DecoderConfig(vocab_size=11, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
@@ -333,20 +333,20 @@ prompts = [rng.integers(0, 16, size=n).astype(np.int32) for n in (3, 1, 5, 4, 2,
 settings = dict(num_samples=2, max_new_tokens=7, eos_ids=(3, 7), pad_id=0, batch_size=6, temperature=0.9, top_k=12,
                 top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.1,
                 stops=stop_table(["ab", "cc"], [bytes([97 + i % 4]) for i in range(16)], 16))
-one = rollout(config, params, prompts, range(6), jax.random.key(0), **settings)
+one = rollout(config, params, prompts, range(6), jax.random.key(1), **settings)
 assert len(set(one.reason.ravel().tolist())) == 3
 for sizes in (dict(data=2, fsdp=2, tensor=2), dict(data=8)):
     mesh = sharding.make_mesh(sizes)
     placed = jax.device_put({"model": params}, sharding.param_shardings({"model": params}, mesh))["model"]
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    many = rollout(config, placed, prompts, range(6), jax.random.key(0), rows=rows, **settings)
+    many = rollout(config, placed, prompts, range(6), jax.random.key(1), rows=rows, **settings)
     np.testing.assert_array_equal(one.reason, many.reason)
     for name in ("tokens", "token_logps", "behaviour_logps", "kept_mass"):
         for a, b in zip(sum(getattr(one, name), []), sum(getattr(many, name), []), strict=True):
             np.testing.assert_allclose(a, b, atol=0 if name == "tokens" else 1e-5, err_msg=name)
     grid = jax.device_put(np.ones((8, 4), np.int32), rows)
     out = generate(config, placed, grid, jax.device_put(np.ones((8, 4), bool), rows),
-                   jax.device_put(np.arange(8, dtype=np.uint32), rows), jax.random.key(0), max_new_tokens=3)
+                   jax.device_put(np.arange(8, dtype=np.uint32), rows), jax.random.key(1), max_new_tokens=3)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     assert out.tokens.sharding.shard_shape(out.tokens.shape)[0] == 8 // ways, out.tokens.sharding
 print("same")
@@ -359,3 +359,38 @@ def test_eight_devices_sample_what_one_does(tmp_path):
     done = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, timeout=600,
                           cwd=pathlib.Path(__file__).resolve().parents[1])
     assert done.returncode == 0 and done.stdout.split() == ["same"], done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("lanes", "change"), [
+    (1, {}), (2, {}), (4, dict(stops=True)), (20, {}),
+    (3, dict(repetition_penalty=1.4, presence_penalty=0.3, min_new_tokens=2, temperature=np.array([0.0, 0.7, 1.3])))])
+def test_refilled_rows_hold_what_generate_samples(params, key, lanes, change):
+    """Any number of lanes, each rule that keeps something about a row: the same completions, in the same places."""
+    change = dict(change)
+    if change.pop("stops", False):
+        change["stops"] = stop_table(["f", "ce"], [b"abcdefghijk"[i:i + 1] for i in range(11)], 11)
+    settings = SETTINGS | change
+    expected = jax.device_get(generate(CONFIG, params, PROMPTS, MASK, IDS, key, **settings))
+    found = jax.device_get(refill(CONFIG, params, PROMPTS, MASK, IDS, key, lanes=lanes, **settings))
+    assert len(set(expected.mask.sum(-1).ravel().tolist())) > 2  # lengths differ, so lanes are refilled out of step
+    for name in ("tokens", "mask", "reason"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    for name in ("logps", "behaviour_logps", "kept_mass"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_draw_has_the_law_of_its_logits_over_many_blocks():
+    """Of 700 tokens, three blocks of which the last is not full, half are banned: chi-square against the softmax."""
+    logits = np.random.default_rng(0).normal(size=(1, 700)).astype(np.float32)
+    logits[:, ::2] = -np.inf
+    rows = 40_000
+    draw = jax.jit(lambda keys: categorical(keys, jnp.broadcast_to(logits, (rows, 700))))
+    count = np.bincount(np.asarray(draw(jax.random.split(jax.random.key(3), rows))), minlength=700)
+    odd = np.exp(logits[0, 1::2].astype(np.float64))
+    assert count.shape == (700,) and count[::2].sum() == 0
+    assert scipy.stats.chisquare(count[1::2], odd / odd.sum() * rows).pvalue > 1e-3
+
+
+def test_refill_names_what_it_refuses(params, key):
+    with pytest.raises(ConfigError, match="lanes"):
+        refill(CONFIG, params, PROMPTS, MASK, IDS, key, lanes=0, **SETTINGS)

@@ -70,13 +70,20 @@ def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float,
                                         implementation="xla")
 
 
-def _einsum(query, key, value, mask, scale, softcap, bias):
-    """attend, spelled out."""
+def attend_cached(query: Array, key: Array, value: Array, mask: Array, *, scale: float, softcap: float | None = None,
+                  bias: Array | None = None) -> Array:
+    """`attend` where keys and values are a cache's, [R,G,S,h]: few queries read many slots, and each head's slots lie
+    side by side, which takes a third of the time of [R,S,G,h] on a CPU. Other arguments and the result as there."""
+    return _einsum(query, key.astype(query.dtype), value.astype(query.dtype), mask, scale, softcap, bias, "rgsh")
+
+
+def _einsum(query, key, value, mask, scale, softcap, bias, slots="rsgh"):
+    """attend, spelled out; slots: the order of axes of key and value."""
     rows, columns, heads, width = query.shape
-    groups = key.shape[2]
+    groups = key.shape[slots.index("g")]
     full = jnp.promote_types(jnp.float32, query.dtype)
     grouped = query.reshape(rows, columns, groups, heads // groups, width)
-    scores = jnp.einsum("rtgnh,rsgh->rgnts", grouped, key, preferred_element_type=full) * jnp.asarray(scale, full)
+    scores = jnp.einsum(f"rtgnh,{slots}->rgnts", grouped, key, preferred_element_type=full) * jnp.asarray(scale, full)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
@@ -84,4 +91,4 @@ def _einsum(query, key, value, mask, scale, softcap, bias):
     # A finite constant, so that a row without anything to read has uniform weights and no NaN.
     scores = jnp.where(mask[:, None, None], scores, jnp.asarray(-0.7 * np.finfo(np.float32).max, full))
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("rgnts,rsgh->rtgnh", weights, value).reshape(rows, columns, heads, width)
+    return jnp.einsum(f"rgnts,{slots}->rtgnh", weights, value).reshape(rows, columns, heads, width)

@@ -13,7 +13,7 @@ the length of the batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -183,7 +183,8 @@ def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array
         params["embedding"], jax.sharding.NamedSharding(sharding.mesh, _WHOLE_ROWS))
     x = placed(_embed(config, params | {"embedding": table}, tokens, position))
     dist = distance(position, position) if _needs_distance(config) else None
-    views = {window: view._replace(reader=make_reader(attention, view.mask, sharding, interpret=interpret))
+    flat = sharding is None or len(sharding.spec) < 2 or sharding.spec[1] is None
+    views = {window: view._replace(reader=make_reader(attention, view.mask, sharding, interpret=interpret), flat=flat)
              for window, view in _views(config, position, attention_mask(segment, prefix), dist, x.dtype).items()}
 
     def apply(window: int, looped: bool):
@@ -195,7 +196,9 @@ def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array
         part = _part(stacked, start, period, repeats)
         windows = config.layer_windows[start:start + period]
 
-        def body(x, block, windows=windows, looped=repeats > 1):
+        turns = -(-repeats // max(unroll // period, 1))
+
+        def body(x, block, windows=windows, looped=turns > 1):
             if len(windows) == 1:
                 return placed(apply(windows[0], looped)(x, block)), None
             for number, window in enumerate(windows):
@@ -206,6 +209,21 @@ def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array
             x, _ = body(x, _layer(part, 0))
         else:
             x, _ = jax.lax.scan(body, x, part, unroll=min(max(unroll // period, 1), repeats))
+    return normalise(config, x, params["norm"], params.get("norm_bias"))
+
+
+def forward_edited(config: DecoderConfig, params: Params, tokens: Array, segment: Array, prefix: Array,
+                   position: Array, edit: Callable[[int, Array], Array]) -> Array:
+    """`forward` with edit(number of the layer, what enters its MLP's last matrix [R,T,F]) in place of the latter.
+
+    For analyses: an edit may also keep what it is given. Layers are unrolled, attention is plain.
+    """
+    x = _embed(config, params, tokens, position)
+    dist = distance(position, position) if _needs_distance(config) else None
+    views = _views(config, position, attention_mask(segment, prefix), dist, x.dtype)
+    for number, window in enumerate(config.layer_windows):
+        layer = _merge_layer(config, _layer(params["layers"], number))
+        x, _ = layer(x, views[window], edit=functools.partial(edit, number))
     return normalise(config, x, params["norm"], params.get("norm_bias"))
 
 
@@ -240,19 +258,20 @@ def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype=jnp.float32) -> list[LayerCache]:
-    """An empty cache: for each layer zeros [batch, length, num_kv_heads, head_dim] for keys and for values."""
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
+    """An empty cache: for each layer zeros [batch, num_kv_heads, length, head_dim] for keys and for values (a head's
+    slots lie side by side, as its scores read them)."""
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
     return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
 
 
 def extend_cache(cache: Sequence[LayerCache], *, repeats: int = 1, length: int | None = None) -> list[LayerCache]:
     """A cache whose row b appears `repeats` times in a row (b*repeats + k) and whose slot axis is zero-padded to
     `length`: K completions continue from one prefill. Raises ConfigError where length is shorter than the cache."""
-    slots = cache[0].key.shape[1]
+    slots = cache[0].key.shape[2]
     length = slots if length is None else length
     if length < slots:
         raise ConfigError(f"extend_cache(length=): found {length}, allowed: >= {slots}, the slots of the cache")
-    grow = lambda a: jnp.repeat(jnp.pad(a, ((0, 0), (0, length - slots), (0, 0), (0, 0))), repeats, axis=0)
+    grow = lambda a: jnp.repeat(jnp.pad(a, ((0, 0), (0, 0), (0, length - slots), (0, 0))), repeats, axis=0)
     return [LayerCache(grow(layer.key), grow(layer.value)) for layer in cache]
 
 
@@ -261,23 +280,24 @@ def decode_step(config: DecoderConfig, params: Params, tokens: Array, position: 
     """Runs Q new tokens against a cache: (hidden [B,Q,D] after the final norm, the cache with them written).
 
     tokens, position: int32 [B,Q]. cache: init_cache of S slots; the new tokens take slots cache_index ..
-    cache_index+Q-1, which the caller keeps within S (a traced index cannot be checked). key_valid: bool [B,S], False
+    cache_index+Q-1, which the caller keeps within S (a traced index cannot be checked); cache_index is a number, or
+    int32 [B] where rows are at different slots. key_valid: bool [B,S], False
     for slots that hold padding; query q reads the valid slots at or before its own. Where windows or ALiBi need the
     distance of two tokens it is the number of valid slots between them, so rows hold one sequence without gaps in its
     positions. adapters: as in forward. Layers are unrolled.
     """
     slots = key_valid.shape[-1]
-    if len(cache) != config.num_layers or cache[0].key.shape[1] != slots:
-        raise ConfigError(f"decode_step(cache=): found {len(cache)} layers of {cache[0].key.shape[1]} slots, allowed: "
+    if len(cache) != config.num_layers or cache[0].key.shape[2] != slots:
+        raise ConfigError(f"decode_step(cache=): found {len(cache)} layers of {cache[0].key.shape[2]} slots, allowed: "
                           f"{config.num_layers} layers of {slots} slots (the length of key_valid)")
     _check_adapters(params, adapters)
     x = _embed(config, params, tokens, position)
-    own = cache_index + jnp.arange(tokens.shape[1])
-    mask = key_valid[:, None, :] & (jnp.arange(slots)[None, :] <= own[:, None])[None]
+    own = jnp.atleast_1d(cache_index)[:, None] + jnp.arange(tokens.shape[1])[None]
+    mask = key_valid[:, None, :] & (jnp.arange(slots)[None, None, :] <= own[:, :, None])
     dist = None
     if _needs_distance(config):
         count = jnp.cumsum(key_valid, axis=1, dtype=jnp.int32)
-        dist = distance(jax.lax.dynamic_slice_in_dim(count, cache_index, tokens.shape[1], axis=1), count)
+        dist = distance(jnp.take_along_axis(count, jnp.broadcast_to(own, tokens.shape), axis=1), count)
     views = _views(config, position, mask, dist, x.dtype)
     new = []
     for number, (window, layer_cache) in enumerate(zip(config.layer_windows, cache, strict=True)):

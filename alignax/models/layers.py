@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from alignax.models.attention import alibi_bias, attend
+from alignax.models.attention import alibi_bias, attend, attend_cached
 from alignax.models.config import DecoderConfig
 from alignax.models.readers import Reader, read
 from alignax.models.rope import rotate
@@ -25,7 +25,7 @@ _ACTIVATIONS = {
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, [B, S, num_kv_heads, head_dim] each; slot s holds the s-th token of the row."""
+    """Keys and values of one layer, [B, num_kv_heads, S, head_dim] each; slot s holds the s-th token of the row."""
 
     key: Array
     value: Array
@@ -34,13 +34,15 @@ class LayerCache(NamedTuple):
 class View(NamedTuple):
     """What one kind of layer sees of positions: rotary cos and sin (None: no rotation), who may read whom (bool
     [R,T,S]), for ALiBi how far back each key lies (int32 [R,T,S], else None), and for whole rows the kernel that reads
-    by that mask (None against a cache: attention.attend)."""
+    by that mask (None against a cache: attention.attend). flat: whether [R,T] may become one axis, which it may not
+    where a mesh cuts T."""
 
     cos: Array | None
     sin: Array | None
     mask: Array
     distance: Array | None
     reader: Reader | None = None
+    flat: bool = True
 
 
 def full_dtype(dtype) -> jnp.dtype:
@@ -53,16 +55,23 @@ def widen(vector: Array, ndim: int) -> Array:
     return vector.reshape((1,) * (ndim - 1) + vector.shape)
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None, adapter: dict[str, Array] | None = None) -> Array:
+def linear(x: Array, weight: Array, bias: Array | None = None, adapter: dict[str, Array] | None = None, *,
+           flat: bool = True) -> Array:
     """x [..., in] @ weight [in, out] + (x @ a) @ b + bias [out], in the dtype of x @ weight.
 
     adapter: None or {"a": [in, r], "b": [r, out]}; any scaling is part of b. With b = 0 the result is x @ weight + bias
-    to the bit.
+    to the bit. flat: the leading axes are one axis while matrices are multiplied. The same numbers; but the gradient of
+    the weight is then a product of two matrices, for which XLA's CPU backend transposes the narrower x and not the
+    cotangent (a fifth of a backward pass).
     """
+    lead = x.shape[:-1]
+    if flat:
+        x = x.reshape(-1, x.shape[-1])
     out = jnp.matmul(x, weight)
     if adapter is not None:
         out = out + jnp.matmul(jnp.matmul(x, adapter["a"]), adapter["b"]).astype(out.dtype)
-    return out if bias is None else out + widen(bias, out.ndim)
+    out = out if bias is None else out + widen(bias, out.ndim)
+    return out.reshape(*lead, out.shape[-1])
 
 
 def normalise(config: DecoderConfig, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -104,14 +113,23 @@ def _leaf(module: nnx.Module, name: str) -> Array | None:
     return None if found is None else found[...]
 
 
-def _project(module: nnx.Module, name: str, x: Array, adapters: dict[str, Any] | None) -> Array:
+def _project(module: nnx.Module, name: str, x: Array, adapters: dict[str, Any] | None, flat: bool) -> Array:
     """`linear` with the module's matrix `name`, its bias and its adapter, where it has them."""
-    return linear(x, getattr(module, name)[...], _leaf(module, f"{name}_bias"), (adapters or {}).get(name))
+    return linear(x, getattr(module, name)[...], _leaf(module, f"{name}_bias"), (adapters or {}).get(name),
+                  flat=flat)
 
 
 def _norm(module: nnx.Module, name: str, x: Array) -> Array:
     """`normalise` with the module's norm `name`."""
     return normalise(module.config, x, getattr(module, name)[...], _leaf(module, f"{name}_bias"))
+
+
+def _put(kept: Array, new: Array, index) -> Array:
+    """kept [R,G,S,h] with new [R,T,G,h] at slots index .. index+T-1 of every row; index: a number, or one per row."""
+    new = jnp.swapaxes(new, 1, 2).astype(kept.dtype)
+    if jnp.ndim(index) == 0:
+        return jax.lax.dynamic_update_slice(kept, new, (0, 0, index, 0))
+    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (0, at, 0)))(kept, new, index)
 
 
 class Attention(nnx.Module):
@@ -135,27 +153,28 @@ class Attention(nnx.Module):
 
     def __call__(self, x, view: View, adapters=None, cache: LayerCache | None = None, index=0):
         """x [R,T,D] -> ([R,T,D], cache). Without a cache S = T; with one, the new keys and values are written at slots
-        index .. index+T-1 and all S slots of the cache are read. Softmax in float32."""
+        index .. index+T-1 (index: a number, or int32 [R]) and all S slots of the cache are read. Softmax in
+        float32."""
         config = self.config
         heads = (*x.shape[:2], -1, config.head_dim)
-        query, key, value = (_project(self, name, x, adapters).reshape(heads) for name in ("query", "key", "value"))
+        query, key, value = (_project(self, name, x, adapters, view.flat).reshape(heads)
+                             for name in ("query", "key", "value"))
         if config.qk_norm:
             query, key = _norm(self, "query_norm", query), _norm(self, "key_norm", key)
         if view.cos is not None:
             query, key = rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin)
         if cache is not None:
-            start = (0, index, 0, 0)
-            key = jax.lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start)
-            value = jax.lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start)
-            cache = LayerCache(key, value)
+            cache = LayerCache(_put(cache.key, key, index), _put(cache.value, value, index))
         # Made in the layer that uses it: kept for all layers, it would be an array of the size of the scores.
         bias = None if view.distance is None else alibi_bias(config.num_heads, view.distance, query.dtype)
         settings = dict(scale=config.score_scale, softcap=config.attention_softcap, bias=bias)
-        if view.reader is None:
+        if cache is not None:
+            out = attend_cached(query, *cache, view.mask, **settings)
+        elif view.reader is None:
             out = attend(query, key, value, view.mask, **settings)
         else:
             out = read(view.reader, query, key, value, **settings)
-        return _project(self, "output", out.reshape(*x.shape[:2], -1), adapters), cache
+        return _project(self, "output", out.reshape(*x.shape[:2], -1), adapters, view.flat), cache
 
 
 class Mlp(nnx.Module):
@@ -175,14 +194,15 @@ class Mlp(nnx.Module):
             self.up_bias = nnx.Param(jnp.zeros((wide,), dtype))
             self.down_bias = nnx.Param(jnp.zeros((narrow,), dtype))
 
-    def __call__(self, x, adapters=None):
-        """[R,T,D] -> [R,T,D]."""
+    def __call__(self, x, adapters=None, edit=None, flat=True):
+        """[R,T,D] -> [R,T,D]; flat: see View; edit: None, or a function of what enters `down` [R,T,F] whose result
+        enters instead."""
         act = _ACTIVATIONS[self.config.activation]
         if self.config.gated_mlp:
-            inner = act(_project(self, "gate", x, adapters)) * _project(self, "up", x, adapters)
+            inner = act(_project(self, "gate", x, adapters, flat)) * _project(self, "up", x, adapters, flat)
         else:
-            inner = act(_project(self, "up", x, adapters))
-        return _project(self, "down", inner, adapters)
+            inner = act(_project(self, "up", x, adapters, flat))
+        return _project(self, "down", inner if edit is None else edit(inner), adapters, flat)
 
 
 class Layer(nnx.Module):
@@ -197,14 +217,14 @@ class Layer(nnx.Module):
         self.attention = Attention(config, first, dtype)
         self.mlp = Mlp(config, second, dtype)
 
-    def __call__(self, x, view: View, adapters=None, cache: LayerCache | None = None, index=0):
-        """x [R,T,D] -> ([R,T,D], cache); see Attention."""
+    def __call__(self, x, view: View, adapters=None, cache: LayerCache | None = None, index=0, edit=None):
+        """x [R,T,D] -> ([R,T,D], cache); see Attention and, for edit, Mlp."""
         adapters = adapters or {}
         out, cache = self.attention(_norm(self, "attention_norm", x), view, adapters.get("attention"), cache, index)
         if self.config.post_norms:
             out = _norm(self, "post_attention_norm", out)
         source = x if self.config.parallel_residual else x + out
-        inner = self.mlp(_norm(self, "mlp_norm", source), adapters.get("mlp"))
+        inner = self.mlp(_norm(self, "mlp_norm", source), adapters.get("mlp"), edit, view.flat)
         if self.config.post_norms:
             inner = _norm(self, "post_mlp_norm", inner)
         return (x + out if self.config.parallel_residual else source) + inner, cache

@@ -48,7 +48,10 @@ class _Head:
         if size is not None:
             weight = jax.lax.dynamic_slice_in_dim(weight, start, size, 0)
             bias = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size, 0)
-        raw = jnp.einsum("...d,vd->...v", hidden.astype(weight.dtype), weight, precision=self.precision)
+        # One axis of tokens: the gradients are then products of two matrices, which a CPU multiplies faster.
+        flat = hidden.reshape(-1, hidden.shape[-1]).astype(weight.dtype)
+        raw = jnp.einsum("nd,vd->nv", flat, weight, precision=self.precision)
+        raw = raw.reshape(*hidden.shape[:-1], raw.shape[-1])
         if bias is not None:
             raw = raw + bias.reshape((1,) * (raw.ndim - 1) + bias.shape)
         if self.softcap is not None:
@@ -94,6 +97,10 @@ def head_stats(
     temperature: a float, may be traced; divides the logits after the soft cap, those of `other` too.
     byte_budget: bytes of logits alive at once over the whole (global) batch, B*K*l*V*4, twice that with a KL; it
     picks the chunk length l, and below l = 1 the vocabulary chunk. Multiply it by the number of devices that share B.
+
+    bfloat16 states: log-ratios of sequences of 1,000 tokens are within 0.002 nats of float64 on the same states, and a
+    token's log-prob has no bias (1e-9); having rounded the states to bfloat16 costs 0.005 nats for each token (standard
+    deviation, logits of deviation 2), 0.16 for 1,000 of them, without a bias (tests/precision_test.py).
 
     Returns {name: [B, K, L]} in promote(float32, input dtypes); gradients flow to hidden, weight, bias, to those of
     `other`, and to temperature. Logits must be finite (an excluded vocabulary entry wants a large negative bias, not
@@ -170,19 +177,24 @@ def _stats_whole(this, pair, temperature, hidden, targets, hidden_other, want) -
     """All statistics from logits that fit."""
     vocab = this.weight.shape[0]
     logits = this.logits(hidden, temperature)
-    logp = jax.nn.log_softmax(logits)
-    logq = None if pair is None else jax.nn.log_softmax(pair.logits(hidden_other, temperature))
+    # Of one target per slot, the normaliser is enough: fewer visits of the vocabulary than all log-probs.
+    log_z = jax.nn.logsumexp(logits, -1)
+    logp = logits - log_z[..., None]
+    logq = None
+    if pair is not None:
+        other = pair.logits(hidden_other, temperature)
+        logq = other - jax.nn.logsumexp(other, -1)[..., None]
     out = {}
     for name in want:
         if name == "logp":
             index = jnp.clip(targets, 0, vocab - 1)[..., None]
-            out[name] = _in_vocab(jnp.take_along_axis(logp, index, -1)[..., 0], targets, vocab)
+            out[name] = _in_vocab(jnp.take_along_axis(logits, index, -1)[..., 0] - log_z, targets, vocab)
         elif name == "entropy":
             out[name] = -jnp.sum(jnp.exp(logp) * logp, -1)
         elif name == "log_sum_sq":
             out[name] = jax.nn.logsumexp(2 * logp, -1)
         elif name == "log_z":
-            out[name] = jax.nn.logsumexp(logits, -1)
+            out[name] = log_z
         elif name == "max_logit":
             out[name] = jnp.max(logits, -1)
         elif name == "kl_other_policy":

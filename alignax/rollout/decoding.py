@@ -119,12 +119,13 @@ def apply_count_penalties(logits: Array, counts: Array, *, presence=0.0, frequen
 
 
 def hold_back(logits: Array, ids: Sequence[int], when) -> Array:
-    """Excludes the tokens `ids` (-inf) where `when` (a bool scalar, may be traced) is true: no end token before
-    min_new_tokens."""
+    """Excludes the tokens `ids` (-inf) where `when` (a bool scalar or one per row, may be traced) is true: no end token
+    before min_new_tokens."""
     logits = _full(logits)
     held = np.zeros((1,) * (logits.ndim - 1) + (logits.shape[-1],), bool)
     held[..., list(ids)] = True
-    return jnp.where(jnp.asarray(held) & jnp.asarray(when).reshape((1,) * logits.ndim), -jnp.inf, logits)
+    when = jnp.asarray(when)
+    return jnp.where(jnp.asarray(held) & when.reshape(when.shape + (1,) * (logits.ndim - when.ndim)), -jnp.inf, logits)
 
 
 # --- rules that truncate -----------------------------------------------------------------------------------------
@@ -236,6 +237,35 @@ def typical_filter(logits: Array, p) -> tuple[Array, Array]:
     """
     logits = _full(logits)
     return _finish(logits, _keep_typical(logits, p))
+
+
+# --- the draw -----------------------------------------------------------------------------------------------------
+
+_BLOCK = 256  # tokens; sums over some hundreds of tokens keep their low bits
+
+
+def categorical(keys: Array, logits: Array) -> Array:
+    """One token id per row, int32 [M], from softmax(logits [M, V]) with a key for each row, keys [M, ...].
+
+    The inverse of the distribution function in two steps, each with a uniform number of its own: which block of 256
+    tokens, then which token of it. One exponential per logit, where the Gumbel trick takes a random number and two
+    logarithms. A token of probability 0 (logit -inf) is never drawn; one less probable than 2^-23 of its block may
+    never be.
+    """
+    rows, size = logits.shape
+    weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    blocks = jnp.pad(weight, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), logits.dtype))(keys)
+    block = _invert(blocks.sum(axis=-1), uniform[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _invert(inside, uniform[:, 1])
+
+
+def _invert(weight: Array, uniform: Array) -> Array:
+    """int32 [M]: the first place whose running sum of weight [M, n] exceeds uniform [M] in [0, 1) of the whole; its
+    weight is above 0, since a number below 1 times the last sum is below that sum."""
+    running = jnp.cumsum(weight, axis=-1)
+    return jnp.sum(running <= uniform[:, None] * running[:, -1:], axis=-1, dtype=jnp.int32)
 
 
 # --- all of them, in order ----------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Samples(NamedTuple):
         return self.reason > CUT
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What one compiled program is made for; hashable. `rows`: how the row axis is cut over devices, or None."""
 
     config: models.DecoderConfig
@@ -64,7 +64,7 @@ class _Plan(NamedTuple):
     rows: NamedSharding | None
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """What its values depend on beside the prompts. stops: int32 [S,V] or None."""
 
     params: Any
@@ -95,27 +95,28 @@ def _pick(table: Array, token: Array) -> Array:
 def _draw(keys, logits, rules: decoding.Rules, **history):
     """One token per row of logits [M,V]: (token int32 [M], logp, behaviour_logp, kept_mass, float32 [M] each)."""
     logits = logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
-    policy = jax.nn.log_softmax(logits)
+    chance = lambda table, token: _pick(table, token) - jax.nn.logsumexp(table, axis=-1)
+    plain = logits
     logits = decoding.shape(rules, logits, **history)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     zero = jnp.zeros(best.shape, logits.dtype)
     if rules.greedy == "all":
-        return best, _pick(policy, best), zero, zero + 1
+        return best, chance(plain, best), zero, zero + 1
     temperature, greedy = rules.temperature, None
     if rules.greedy == "some":
         greedy, temperature = temperature == 0, jnp.where(temperature == 0, 1, temperature)
     kept, mass = decoding.truncate(rules, decoding.apply_temperature(logits, temperature))
     # A key per row, not one key for the batch: the row's draw then ignores the rest of the batch.
-    token = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+    token = decoding.categorical(keys, kept)
     if greedy is not None:
         token = jnp.where(greedy[:, 0], best, token)
-    behaviour = _pick(jax.nn.log_softmax(kept), token)
+    behaviour = chance(kept, token)
     if greedy is not None:
         behaviour, mass = jnp.where(greedy[:, 0], zero, behaviour), jnp.where(greedy[:, 0], zero + 1, mass)
-    return token, _pick(policy, token), behaviour, mass
+    return token, chance(plain, token), behaviour, mass
 
 
-def _pin(plan: _Plan, tree):
+def _pin(plan: Plan, tree):
     """Keeps the leading axis of every leaf cut over devices as the prompts are; nothing on one device."""
     if plan.rows is None:
         return tree
@@ -124,60 +125,79 @@ def _pin(plan: _Plan, tree):
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, along(leaf)), tree)
 
 
-def _first(plan: _Plan, inputs: _Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> _State:
+def row_keys(seed_key, prompt_ids, count: int):
+    """A key for each of `count` samples of every prompt, [B * count], rows b * count + k."""
+    per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(seed_key, prompt_ids)
+    per_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
+        per_prompt, jnp.arange(count, dtype=jnp.uint32))
+    return per_sample.reshape(-1, *per_sample.shape[2:])
+
+
+def prefill(plan: Plan, inputs: Inputs, prompts, prompt_mask) -> tuple[Array, list[models.LayerCache]]:
+    """Runs prompts [B,P]: (the hidden state of their last column [B,D], the cache of P slots)."""
+    position = jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0)
+    cache = _pin(plan, models.init_cache(plan.config, *prompts.shape, inputs.params["embedding"].dtype))
+    hidden, cache = models.decode_step(plan.config, inputs.params, prompts, position, cache, 0, prompt_mask,
+                                       adapters=inputs.adapters)
+    return hidden[:, -1], cache
+
+
+def in_prompt(vocab_size: int, prompts, prompt_mask) -> Array:
+    """bool [B,V]: the tokens of each prompt."""
+    seen = jnp.zeros((prompts.shape[0], vocab_size), bool)
+    return seen.at[jnp.arange(prompts.shape[0])[:, None], prompts].max(prompt_mask)
+
+
+def empty(plan: Plan, rows: int) -> Samples:
+    """Nothing sampled yet, rows on one axis."""
+    full = lambda value, kind: jnp.full((rows, plan.max_new_tokens), value, kind)
+    return Samples(full(plan.pad_id, jnp.int32), full(False, bool), full(0, jnp.float32), full(0, jnp.float32),
+                   full(1, jnp.float32), jnp.full((rows,), CUT, jnp.int8))
+
+
+def _first(plan: Plan, inputs: Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> _State:
     """Runs the prompts and samples slot 0."""
     config, count, new = plan.config, plan.num_samples, plan.max_new_tokens
     batch, width = prompts.shape
     rows = batch * count
     repeat = lambda a: jnp.repeat(a, count, axis=0)
 
-    per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(seed_key, prompt_ids)
-    per_sample = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
-        per_prompt, jnp.arange(count, dtype=jnp.uint32))
-    keys = per_sample.reshape(rows, *per_sample.shape[2:])
-
-    position = jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0)
-    cache = _pin(plan, models.init_cache(config, batch, width, inputs.params["embedding"].dtype))
-    hidden, cache = models.decode_step(config, inputs.params, prompts, position, cache, 0, prompt_mask,
-                                       adapters=inputs.adapters)
+    keys = row_keys(seed_key, prompt_ids, count)
+    hidden, cache = prefill(plan, inputs, prompts, prompt_mask)
     # The last token has no successor, so its key and value are never needed: width + N - 1 slots would do, but a round
     # length keeps one shape for all.
     cache = models.extend_cache(cache, repeats=count, length=width + new)
     key_valid = jnp.concatenate([repeat(prompt_mask), jnp.ones((rows, new), bool)], axis=1)
 
-    full = lambda value, kind: jnp.full((rows, new), value, kind)
-    out = Samples(full(plan.pad_id, jnp.int32), full(False, bool), full(0, jnp.float32), full(0, jnp.float32),
-                  full(1, jnp.float32), jnp.full((rows,), CUT, jnp.int8))
+    out = empty(plan, rows)
     seen = counts = stop = None
     if inputs.rules.repetition_penalty is not None:
-        seen = jnp.zeros((batch, config.vocab_size), bool)
-        seen = repeat(seen.at[jnp.arange(batch)[:, None], prompts].max(prompt_mask))
+        seen = repeat(in_prompt(config.vocab_size, prompts, prompt_mask))
     if inputs.rules.presence_penalty is not None or inputs.rules.frequency_penalty is not None:
         counts = jnp.zeros((rows, config.vocab_size), jnp.int32)
     if inputs.stops is not None:
         stop = jnp.zeros((rows,), jnp.int32)
     state = _State(jnp.int32(0), keys, repeat(jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)), key_valid, cache, out,
                    seen, counts, stop)
-    return _sample(plan, inputs, state, repeat(hidden[:, -1]))
+    return _sample(plan, inputs, state, repeat(hidden))
 
 
-def _sample(plan: _Plan, inputs: _Inputs, state: _State, hidden) -> _State:
-    """Draws slot `step` of every row that has not ended from its hidden state [M,D], and records it."""
-    step, out, rules = state.step, state.out, inputs.rules
-    rows = out.reason.shape[0]
-    if rules.temperature is not None and jnp.ndim(rules.temperature) == 1:
-        per_row = jnp.repeat(rules.temperature, plan.num_samples)[:, None]
-        rules = dataclasses.replace(rules, temperature=per_row)
-    token, *stats = _draw(jax.vmap(jax.random.fold_in, (0, None))(state.keys, step),
-                          models.logits(plan.config, inputs.params, hidden), rules, seen=state.seen,
-                          counts=state.counts, eos_ids=plan.eos_ids,
+def slot(plan: Plan, inputs: Inputs, rules: decoding.Rules, keys, step, hidden, live, seen, counts, stop):
+    """Draws one slot of every row from its hidden state [M,D]: ((token, logp, behaviour_logp, kept_mass) [M] each, with
+    what fills a row that is not `live`; why it ends int8 [M]; seen, counts, stop after it).
+
+    step: the slot, a number or int32 [M]; keys [M], one per row; rules: with a temperature [M,1] where it has one.
+    """
+    rows = hidden.shape[0]
+    token, *stats = _draw(jax.vmap(jax.random.fold_in, (0, 0 if jnp.ndim(step) else None))(keys, step),
+                          models.logits(plan.config, inputs.params, hidden), rules, seen=seen, counts=counts,
+                          eos_ids=plan.eos_ids,
                           held=None if rules.min_new_tokens is None else step < rules.min_new_tokens)
-    live = out.reason == CUT
     # A comparison, not a scatter: it stays on the device that holds the row.
     drawn = None
-    if state.seen is not None or state.counts is not None:
+    if seen is not None or counts is not None:
         drawn = token[:, None] == jnp.arange(plan.config.vocab_size)[None, :]
-    stop = None if state.stop is None else inputs.stops[state.stop, token]
+    stop = None if stop is None else inputs.stops[stop, token]
     ends = jnp.zeros((rows,), bool)
     for number in plan.eos_ids:
         ends |= token == number
@@ -185,19 +205,29 @@ def _sample(plan: _Plan, inputs: _Inputs, state: _State, hidden) -> _State:
     if stop is not None:
         why = jnp.where(stop == inputs.stops.shape[0] - 1, jnp.int8(STOPPED), why)
     why = jnp.where(ends, jnp.int8(ENDED), why)
+    filled = tuple(jnp.where(live, new, jnp.asarray(old, new.dtype))
+                   for new, old in zip((token, *stats), (plan.pad_id, 0.0, 0.0, 1.0), strict=True))
+    return (filled, why, None if seen is None else seen | drawn,
+            None if counts is None else counts + drawn.astype(jnp.int32), stop)
 
-    token, *stats = (jnp.where(live, new, jnp.asarray(old, new.dtype))
-                     for new, old in zip((token, *stats), (plan.pad_id, 0.0, 0.0, 1.0), strict=True))
+
+def _sample(plan: Plan, inputs: Inputs, state: _State, hidden) -> _State:
+    """Draws slot `step` of every row that has not ended from its hidden state [M,D], and records it."""
+    step, out, rules = state.step, state.out, inputs.rules
+    if rules.temperature is not None and jnp.ndim(rules.temperature) == 1:
+        per_row = jnp.repeat(rules.temperature, plan.num_samples)[:, None]
+        rules = dataclasses.replace(rules, temperature=per_row)
+    live = out.reason == CUT
+    drawn, why, seen, counts, stop = slot(plan, inputs, rules, state.keys, step, hidden, live, state.seen,
+                                          state.counts, state.stop)
     write = lambda table, column: table.at[:, step].set(column.astype(table.dtype))
-    stats = (write(table, column) for table, column in zip(out[2:5], stats, strict=True))
-    out = Samples(write(out.tokens, token), write(out.mask, live), *stats, jnp.where(live, why, out.reason))
-    new = state._replace(
-        step=step + 1, out=out, stop=stop, seen=None if state.seen is None else state.seen | drawn,
-        counts=None if state.counts is None else state.counts + drawn.astype(jnp.int32))
+    stats = (write(table, column) for table, column in zip(out[2:5], drawn[1:], strict=True))
+    out = Samples(write(out.tokens, drawn[0]), write(out.mask, live), *stats, jnp.where(live, why, out.reason))
+    new = state._replace(step=step + 1, out=out, stop=stop, seen=seen, counts=counts)
     return new._replace(**_pin(plan, {name: getattr(new, name) for name in _State._fields if name != "step"}))
 
 
-def _more(plan: _Plan, inputs: _Inputs, state: _State, until) -> _State:
+def _more(plan: Plan, inputs: Inputs, state: _State, until) -> _State:
     """Samples on until slot `until` is reached or every row has ended."""
     width = state.key_valid.shape[1] - plan.max_new_tokens
 
@@ -212,24 +242,24 @@ def _more(plan: _Plan, inputs: _Inputs, state: _State, until) -> _State:
     return jax.lax.while_loop(lambda state: (state.step < until) & jnp.any(state.out.reason == CUT), advance, state)
 
 
-def _shaped(plan: _Plan, out: Samples) -> Samples:
+def shaped(plan: Plan, out: Samples) -> Samples:
     return Samples(*(a.reshape(-1, plan.num_samples, *a.shape[1:]) for a in out))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _generate(plan: _Plan, inputs: _Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> Samples:
+def _generate(plan: Plan, inputs: Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> Samples:
     state = _first(plan, inputs, prompts, prompt_mask, prompt_ids, seed_key)
-    return _shaped(plan, _more(plan, inputs, state, plan.max_new_tokens).out)
+    return shaped(plan, _more(plan, inputs, state, plan.max_new_tokens).out)
 
 
 _start = functools.partial(jax.jit, static_argnums=0)(_first)
 _continue = functools.partial(jax.jit, static_argnums=0, donate_argnums=2)(_more)
 
 
-def _prepare(config: models.DecoderConfig, params, prompts, prompt_mask, prompt_ids, *, num_samples: int = 1,
+def prepare(config: models.DecoderConfig, params, prompts, prompt_mask, prompt_ids, *, num_samples: int = 1,
              max_new_tokens: int = 32, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, epsilon=0.0,
              repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bias=None, min_new_tokens=0,
-             eos_ids=(), stops=None, pad_id: int = 0, adapters=None) -> tuple[_Plan, _Inputs]:
+             eos_ids=(), stops=None, pad_id: int = 0, adapters=None) -> tuple[Plan, Inputs]:
     """Checks the settings of generate and sorts them into what is compiled for and what is passed."""
     checks.integer("num_samples", num_samples, 1)
     checks.integer("max_new_tokens", max_new_tokens, 1)
@@ -246,8 +276,8 @@ def _prepare(config: models.DecoderConfig, params, prompts, prompt_mask, prompt_
     cut = None if isinstance(prompts, jax.core.Tracer) else getattr(prompts, "sharding", None)
     if not isinstance(cut, NamedSharding) or cut.mesh.size == 1 or not cut.spec or cut.spec[0] is None:
         cut = None
-    return (_Plan(config, num_samples, max_new_tokens, eos_ids, pad_id, cut),
-            _Inputs(params, adapters, rules, checks.stops(stops, config.vocab_size)))
+    return (Plan(config, num_samples, max_new_tokens, eos_ids, pad_id, cut),
+            Inputs(params, adapters, rules, checks.stops(stops, config.vocab_size)))
 
 
 def generate(config: models.DecoderConfig, params: dict[str, Any], prompts: Array, prompt_mask: Array,
@@ -280,7 +310,7 @@ def generate(config: models.DecoderConfig, params: dict[str, Any], prompts: Arra
     of that cut. Raises ConfigError for a setting out of range, also where P + N exceeds config.max_positions;
     DataError for arrays of the wrong shape, dtype or padding side (the side only when the mask is not traced).
     """
-    plan, inputs = _prepare(
+    plan, inputs = prepare(
         config, params, prompts, prompt_mask, prompt_ids, num_samples=num_samples, max_new_tokens=max_new_tokens,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p, epsilon=epsilon,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
@@ -294,15 +324,15 @@ def stream(config: models.DecoderConfig, params: dict[str, Any], prompts: Array,
     every `chunk` tokens, and last the whole: the same tokens, and log-probs equal to rounding, since its two programs
     are compiled apart. Costs a pause of the device per chunk."""
     checks.integer("chunk", chunk, 1)
-    plan, inputs = _prepare(config, params, prompts, prompt_mask, prompt_ids, **settings)
+    plan, inputs = prepare(config, params, prompts, prompt_mask, prompt_ids, **settings)
     return _chunks(plan, inputs, (prompts, prompt_mask, prompt_ids, seed_key), chunk)
 
 
-def _chunks(plan: _Plan, inputs: _Inputs, arrays, chunk: int) -> Iterator[Samples]:
+def _chunks(plan: Plan, inputs: Inputs, arrays, chunk: int) -> Iterator[Samples]:
     state = _start(plan, inputs, *arrays)
     for until in (*range(chunk, plan.max_new_tokens, chunk), plan.max_new_tokens):
         state = _continue(plan, inputs, state, until)
-        out = _shaped(plan, jax.tree.map(jnp.copy, state.out))  # the state's own buffers go to the next chunk
+        out = shaped(plan, jax.tree.map(jnp.copy, state.out))  # the state's own buffers go to the next chunk
         yield out
         if bool(out.finished.all()):
             return

@@ -9,7 +9,8 @@ before anything is timed: log-probs of each sequence, the loss of the first step
 
 Matched rows: `frozen` runs the reference in every step, as TRL (fp32) and Tunix do. The others use what each offers:
 TRL's bfloat16 autocast and its precomputed reference; ours with a precomputed reference, and with a prompt that both
-completions share. Ours runs with the settings of the library's configs (remat none, layers in a loop, 64 MB of logits).
+completions share. Ours runs with the settings of the library's configs (layers in a loop, 64 MB of logits, attention
+auto) but for model.remat=dots.
 
 Memory needed: about 2 GB for each contender. --only picks some of them.
 """

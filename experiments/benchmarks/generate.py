@@ -4,8 +4,8 @@
 
 The model of dpo_step.py (58.5 million parameters, float32), prompts of 64 tokens, 128 new tokens, temperature 1, the
 whole vocabulary. Equal lengths: nothing ends a completion. Skewed lengths: a share of the vocabulary counts as end
-tokens, so that lengths are geometric and each batch waits for its longest completion; tokens after an end are not
-counted. None of the three refills a batch while it runs.
+tokens, so that lengths are geometric; four batches' worth of prompts, tokens after an end not counted. Ours refills
+rows that have ended (rollout.refill); the others take batch after batch, each of which waits for its longest one.
 
 Before anything is timed, what each contender sampled is scored by one forward pass: the mean of -log p(token) -
 entropy over its tokens has expectation 0 under the right law and must be within 5 standard errors of it. Ours also
@@ -44,6 +44,7 @@ from alignax import models
 from alignax.types import DataError
 
 OURS = "alignax"
+_BATCHES = 4  # of prompts, in the skewed case
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,7 +83,8 @@ def law(folder: pathlib.Path, prompts: list[list[int]], tokens: list[list[int]])
 def check_laws(ring: Ring, folder: pathlib.Path, prompts: list[list[int]], new: int) -> dict[str, Any]:
     """Every contender's samples against the model's own distribution. Raises DataError where they differ."""
     out = {}
-    for name, answer in ring.all("generate", prompts=prompts, new=new, seed=1, ends=[], show=True).items():
+    for name, answer in ring.all("generate", prompts=prompts, new=new, seed=1, ends=[], batch=len(prompts),
+                                 show=True).items():
         mean, error = law(folder, prompts, answer["ids"])
         out[name] = {"mean": mean, "standard_error": error}
         if not abs(mean) < 5 * error:
@@ -96,10 +98,10 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
     args, console, started, before = arguments(argv), console or wide_console(), time.monotonic(), machine()
     shape = TOY if args.quick else Shape()
     draw = np.random.default_rng(0)
-    cases = [(f"{size} equal", int(size), []) for size in args.batches.split(",")]
+    cases = [(f"{size} equal", int(size), int(size), []) for size in args.batches.split(",")]
     if args.skewed:
         ends = list(range(3, 3 + round(shape.vocab / args.mean)))
-        cases.append((f"{args.skewed} skewed", args.skewed, ends))
+        cases.append((f"{args.skewed} skewed", _BATCHES * args.skewed, args.skewed, ends))
     contenders = [Contender(OURS, sys.executable, "worker_ours.py"),
                   Contender("transformers", args.trl_python, "worker_trl.py"),
                   Contender("Tunix", args.tunix_python, "worker_tunix.py")]
@@ -110,10 +112,11 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
         make_model(folder / "model", shape)
         with Ring(contenders, folder, console, model=str(folder / "model"), task="generate") as ring:
             # No id that could end or pad anything stands in a prompt.
-            prompts = draw.integers(shape.vocab // 2, shape.vocab, (max(size for _, size, _ in cases), args.prompt))
+            most = max(count for _, count, _, _ in cases)
+            prompts = draw.integers(shape.vocab // 2, shape.vocab, (most, args.prompt))
             laws = check_laws(ring, folder / "model", prompts[:cases[0][1]].tolist(), args.new)
-            for case, size, ends in cases:
-                given = dict(prompts=prompts[:size].tolist(), new=args.new, ends=ends)
+            for case, count, size, ends in cases:
+                given = dict(prompts=prompts[:count].tolist(), new=args.new, ends=ends, batch=size)
                 first = ring.all("generate", **given, seed=2)  # compiles
                 answers = ring.rounds(args.rounds, console, "generate", **given, seed=3)
                 speed = {name: [a["tokens"] / a["seconds"] for a in one] for name, one in answers.items()}
@@ -132,8 +135,9 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
     return finish(args, console, title="Sampling", about=[
         "Temperature 1 over the whole vocabulary, float32. `ours / it` is the median (quartiles) of the rounds' own "
         "ratios of speed, so above 1 means that ours is faster. The first call includes compilation.",
-        f"Skewed: completions end at random, {args.mean} tokens long on average and {args.new} at most; tokens are "
-        "counted up to the end. No contender refills its batch, so all wait for the longest completion."],
+        f"Skewed: {_BATCHES} batches of prompts, whose completions end at random, {args.mean} tokens long on average "
+        f"and {args.new} at most; tokens are counted up to the end. Ours refills rows that have ended; the others take "
+        "batch after batch, each as long as its longest completion."],
         tables=[table], data=dict(measured=measured, laws=laws, versions=found), started=started, before=before,
         absent=absent)
 

@@ -78,7 +78,7 @@ def serve(training: Callable[[dict], Any], sampling: Callable[[dict], Any], vers
     """Serves a contender whose updates come one at a time until the driver hangs up.
 
     training(order): has once() -> (seconds, loss) and facts() -> what `load` answers, asked before the first update.
-    sampling(order): has generate(prompts, new, seed, ends, show) -> the answer.
+    sampling(order): has generate(prompts, new, seed, ends, batch, show) -> the answer.
     """
     wire, run = Wire(), None
     for order in wire.orders():
@@ -96,5 +96,5 @@ def serve(training: Callable[[dict], Any], sampling: Callable[[dict], Any], vers
             wire.answer(cpu=(time.process_time() - spent) / order["count"], seconds=[s for s, _ in done],
                         losses=[x for _, x in done], peak=peak_bytes())
         else:
-            wire.answer(**run.generate(order["prompts"], order["new"], order["seed"], order["ends"],
+            wire.answer(**run.generate(order["prompts"], order["new"], order["seed"], order["ends"], order["batch"],
                                        order.get("show", False)))

@@ -1,11 +1,12 @@
 """Our side of the benchmarks: DPO updates and sampling through the library's own functions.
 
 Orders: load (model, pairs, batch, layout, reference, beta, rate, clip, remat, unroll, multiple, columns) and steps
-(count); for sampling load (model, task="generate") and generate (prompts, new, seed, ends, show).
+(count); for sampling load (model, task="generate") and generate (prompts, new, seed, ends, batch, show).
 """
 
 from __future__ import annotations
 
+import functools
 import time
 
 import jax
@@ -29,7 +30,8 @@ class Training:
         self.batches = [np.arange(i * self.size, (i + 1) * self.size) for i in range(count)]
         self.shape = data.plan_shape(self.records, self.layout, order["multiple"], batches=self.batches,
                                      columns=order["columns"])
-        self.spec = step.ModelSpec(config, remat=order["remat"], unroll=order["unroll"])
+        attention = models.choose_attention("auto", config, "float32", jax.default_backend())
+        self.spec = step.ModelSpec(config, remat=order["remat"], unroll=order["unroll"], attention=attention)
         loss = losses.get("dpo", beta=order["beta"])
         optimizer = optim.make(learning_rate=order["rate"], clip_norm=order["clip"], weight_decay=0.0)
         start = {"model": params}
@@ -83,13 +85,15 @@ class Sampling:
     def __init__(self, order: dict):
         self.config, self.params = models.load(order["model"])
 
-    def generate(self, prompts: list[list[int]], new: int, seed: int, ends: list[int], show: bool) -> dict:
-        """Seconds and how many tokens were sampled, the end token included; show: the tokens too."""
+    def generate(self, prompts: list[list[int]], new: int, seed: int, ends: list[int], batch: int, show: bool) -> dict:
+        """Seconds and how many tokens were sampled, the end token included; show: the tokens too. batch: the rows that
+        are decoded at once, refilled where there are more prompts."""
         array = jnp.asarray(prompts, jnp.int32)
         began, spent = time.perf_counter(), time.process_time()
-        out = rollout.generate(self.config, self.params, array, jnp.ones(array.shape, bool),
-                               jnp.arange(len(prompts), dtype=jnp.uint32), jax.random.key(seed), max_new_tokens=new,
-                               eos_ids=tuple(ends))
+        sample = rollout.generate if batch == len(prompts) else functools.partial(rollout.refill, lanes=batch)
+        out = sample(self.config, self.params, array, jnp.ones(array.shape, bool),
+                     jnp.arange(len(prompts), dtype=jnp.uint32), jax.random.key(seed), max_new_tokens=new,
+                     eos_ids=tuple(ends))
         mask = np.asarray(out.mask)
         found = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - spent,
                  "tokens": int(mask.sum()), "peak": peak_bytes()}

@@ -115,19 +115,21 @@ def generate(wire: Wire, orders, order: dict) -> None:
         ids = torch.tensor(one["prompts"])
         torch.manual_seed(one["seed"])
         ends = one["ends"] or None
-        began, spent = time.perf_counter(), time.process_time()
-        with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0,
-                                 top_p=1.0, max_new_tokens=one["new"], eos_token_id=ends, pad_token_id=0)
+        began, spent, tokens, shown = time.perf_counter(), time.process_time(), 0, []
+        for part in ids.split(one["batch"]):
+            with torch.inference_mode():
+                out = model.generate(part, attention_mask=torch.ones_like(part), do_sample=True, temperature=1.0,
+                                     top_k=0, top_p=1.0, max_new_tokens=one["new"], eos_token_id=ends, pad_token_id=0)
+            new = out[:, ids.shape[1]:]
+            lengths = torch.full((len(part),), new.shape[1])
+            if ends is not None:
+                hit = torch.isin(new, torch.tensor(ends))
+                lengths = torch.where(hit.any(1), hit.int().argmax(1) + 1, lengths)
+            tokens += int(lengths.sum())
+            shown += new.tolist()
         seconds, spent = time.perf_counter() - began, time.process_time() - spent
-        new = out[:, ids.shape[1]:]
-        count = new.shape[1]
-        lengths = torch.full((len(ids),), count)
-        if ends is not None:
-            hit = torch.isin(new, torch.tensor(ends))
-            lengths = torch.where(hit.any(1), hit.int().argmax(1) + 1, lengths)
-        shown = {"ids": new.tolist()} if one.get("show") else {}
-        wire.answer(seconds=seconds, cpu=spent, tokens=int(lengths.sum()), peak=peak_bytes(), **shown)
+        shown = {"ids": shown} if one.get("show") else {}
+        wire.answer(seconds=seconds, cpu=spent, tokens=tokens, peak=peak_bytes(), **shown)
 
 
 def main() -> None:

@@ -115,18 +115,21 @@ class Sampling:
         self.model, self.config = load_model(order["model"])
         self.made: dict[int, samplers.Sampler] = {}
 
-    def generate(self, prompts: list[list[int]], new: int, seed: int, ends: list[int], show: bool) -> dict:
-        """Seconds and how many tokens were sampled, the end token included; show: the tokens too."""
+    def generate(self, prompts: list[list[int]], new: int, seed: int, ends: list[int], batch: int, show: bool) -> dict:
+        """Seconds and how many tokens were sampled, the end token included; show: the tokens too. batch: the rows that
+        are decoded at once."""
         size = len(prompts[0]) + new
         if size not in self.made:
             cache = samplers.CacheConfig(cache_size=size, num_layers=self.config.num_layers,
                                          num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim)
             self.made[size] = samplers.Sampler(self.model, Ids(), cache)
-        began, spent = time.perf_counter(), time.process_time()
-        out = self.made[size]([" ".join(map(str, prompt)) for prompt in prompts], max_generation_steps=new,
-                              max_prompt_length=len(prompts[0]), temperature=1.0, top_p=1.0, seed=seed,
-                              eos_tokens=ends or [-2], pad_output=True)
-        tokens = np.asarray(out.tokens)
+        began, spent, parts = time.perf_counter(), time.process_time(), []
+        for start in range(0, len(prompts), batch):
+            texts = [" ".join(map(str, prompt)) for prompt in prompts[start:start + batch]]
+            out = self.made[size](texts, max_generation_steps=new, max_prompt_length=len(prompts[0]), temperature=1.0,
+                                  top_p=1.0, seed=seed + start, eos_tokens=ends or [-2], pad_output=True)
+            parts.append(np.asarray(out.tokens))
+        tokens = np.concatenate(parts)
         seconds, spent = time.perf_counter() - began, time.process_time() - spent
         hit = np.isin(tokens, ends)
         lengths = np.where(hit.any(1), hit.argmax(1) + 1, new)
