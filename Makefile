@@ -54,5 +54,5 @@ $(TEST_STAMP): setup.py | $(BIN)/python
 
 $(ALL_STAMP): setup.py | $(BIN)/python
 	$(if $(TORCH),$(PIP) install "$(TORCH)")
-	$(PIP) install -e ".[test,parity,notebooks,data]"
+	$(PIP) install -e ".[test,parity,notebooks,data,search]"
 	touch $@

@@ -22,6 +22,7 @@ EXTRAS = {
     "parity": ["torch>=2.6", "transformers>=5.0", "trl>=1.0", "peft>=0.13", "rax>=0.4"],
     "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
     "slurm": ["submitit>=1.5"],
+    "search": ["optuna>=4.0"],
     "wandb": ["wandb>=0.18"],
     "cuda12": ["jax[cuda12]>=0.6"],
     "cuda13": ["jax[cuda13]>=0.7.2"],

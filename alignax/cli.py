@@ -9,10 +9,24 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from alignax.commands import chat, convert, data, evaluate, generate, launch, methods, plan, report, sweep, train
+from alignax.commands import (
+    analyse,
+    chat,
+    convert,
+    data,
+    evaluate,
+    generate,
+    launch,
+    methods,
+    plan,
+    report,
+    score,
+    sweep,
+    train,
+)
 
 EXIT_ERROR = 2
-COMMANDS = (train, launch, sweep, report, plan, generate, chat, evaluate, methods, convert, data)
+COMMANDS = (train, launch, sweep, report, analyse, plan, generate, chat, evaluate, score, methods, convert, data)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -76,9 +76,9 @@ def stage(ctx: context.Context, config: ConfigDict, name: str, *, prompts: int, 
     a function of the pair's log-probs. Raises DataError where no record has two completions.
     """
     section = config[name].to_dict()
-    records, init = _records(ctx, config, name, section)
+    records, init = pair_records(ctx, config, name, section)
     before, after = ctx.params_of(init), ctx.params_of(name)
-    picked = _spread(records, prompts, name)
+    picked = spread(records, prompts, name)
     asked = [(r.id, r.prompt) for r in picked]
     room = min(ctx.spec.config.max_positions - max(len(r.prompt) for r in picked), max(r.longest for r in picked))
     draw = lambda count, temperature: sample.draw(
@@ -111,7 +111,7 @@ def stage(ctx: context.Context, config: ConfigDict, name: str, *, prompts: int, 
     }
 
 
-def _records(ctx: context.Context, config: ConfigDict, name: str, section: Mapping[str, Any]) -> tuple[list, str]:
+def pair_records(ctx: context.Context, config: ConfigDict, name: str, section: Mapping[str, Any]) -> tuple[list, str]:
     """The stage's training records with two completions, and the stage that it starts from."""
     before = "model"
     for other in config.stages[:config.stages.index(name)]:
@@ -124,7 +124,7 @@ def _records(ctx: context.Context, config: ConfigDict, name: str, section: Mappi
     return records, init
 
 
-def _spread(records: Sequence[data.TokenRecord], count: int, name: str) -> list[data.TokenRecord]:
+def spread(records: Sequence[data.TokenRecord], count: int, name: str) -> list[data.TokenRecord]:
     """Up to `count` records of different prompts, evenly over their order."""
     distinct = list({r.prompt.tobytes(): r for r in reversed(records)}.values())[::-1]
     if count < 2:

@@ -13,11 +13,27 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from alignax import losses
+from alignax.models.decoder import init_params
+from alignax.types import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments.papers import all as papers  # noqa: E402  (needs the path)
-from experiments.papers import compare_losses, gradient_field, harness, overoptimisation, squeezing, worlds  # noqa: E402
+from experiments.papers import (  # noqa: E402
+    compare_losses,
+    gradient_entanglement,
+    gradient_field,
+    harness,
+    implicit_explicit,
+    overoptimisation,
+    simpo_length,
+    squeezing,
+    texts,
+    variants_by_start,
+    worlds,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +53,8 @@ def test_a_missing_part_is_named():
 
 def test_the_list_is_the_folder():
     """A file that nobody runs, or a name without a file, is a mistake."""
-    helpers = {"__init__", "all", "harness", "worlds"}
+    helpers = {"__init__", "all", "harness", "worlds", "texts"}
+    helpers |= {"compare_on_quickstart", "quickstart_runs", "quickstart_page"}  # half an hour, with a page of its own
     assert {path.stem for path in (ROOT / "experiments/papers").glob("*.py")} - helpers == set(papers.NAMES)
 
 
@@ -117,12 +134,103 @@ def test_best_of_n_and_the_best_policy():
 
 
 def test_strengths_are_hyper_parameters():
-    from alignax import losses
     from alignax.diagnostics import toy
 
     for name in toy.usable():
         assert set(compare_losses.strength(name)) <= set(losses.defaults(name)), name
     assert compare_losses.strength("ipo") == ("tau",) and compare_losses.strength("simper") == ()
+
+
+CONFIG = texts.decoder(texts.EXTRA, width=8, layers=1)
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    """(parameters of a small decoder at random, another, pairs of its samples of unequal length)."""
+    one, other = (init_params(CONFIG, jax.random.key(i)) for i in (0, 1))
+    prompts = jnp.concatenate([jnp.full((6, 1), texts.START),
+                               texts.words(jax.random.key(2), jnp.arange(6) % 2, 2)], 1).astype(jnp.int32)
+    drawn = [texts.sample(CONFIG, one, jax.random.key(3 + i), prompts, 12) for i in (0, 1)]
+    return one, other, texts.Pairs(*(jnp.stack(x, 1) for x in zip(*drawn, strict=True)))
+
+
+def test_samples_end_where_they_say(reviews):
+    """A completion is its tokens up to the first END; prompts and what follows END are outside the mask."""
+    _, _, pairs = reviews
+    for tokens, mask in zip(np.asarray(pairs.tokens).reshape(-1, 15), np.asarray(pairs.mask).reshape(-1, 15),
+                            strict=True):
+        ends = np.flatnonzero(tokens[3:] == texts.END)
+        length = ends[0] + 1 if ends.size else 12
+        assert mask.tolist() == [False] * 3 + [True] * length + [False] * (12 - length)
+        assert (tokens[3 + length:] == texts.END).all()
+    assert len({int(n) for n in pairs.mask.sum(-1).reshape(-1)}) > 1
+
+
+def test_words_have_their_polarity():
+    tokens = jnp.array([texts.PRAISE, texts.PRAISE + 7, texts.BLAME, texts.NEUTRAL, texts.START, texts.EXTRA])
+    assert texts.polarity(tokens).tolist() == [1, 1, -1, 0, 0, 0]
+    drawn = texts.words(jax.random.key(0), jnp.ones(2000), 4, agree=0.8, low=2, high=4)
+    assert float((texts.polarity(drawn) == 1).mean()) == pytest.approx(0.4, abs=0.02)
+    assert set(np.unique(drawn[texts.polarity(drawn) == -1])) == {texts.BLAME + 2, texts.BLAME + 3}
+
+
+def test_what_a_loss_gets_from_sequences(reviews):
+    """Sums and KLs against a loop over tokens; at the reference TDPO and DPO are log 2; what follows END is unread."""
+    one, other, pairs = reviews
+    log_pi, ref = (texts.log_policy(CONFIG, p, pairs.tokens) for p in (one, other))
+    found = texts.supply(("logps", "ref_policy_kl", "mask", "lengths"), log_pi, ref, pairs)
+    a, b, tokens, mask = (np.asarray(x, np.float64) for x in (log_pi, ref, *pairs))
+    for row in np.ndindex(6, 2):
+        places = [t for t in range(14) if mask[row][t + 1]]
+        assert float(found["logps"][row]) == pytest.approx(
+            sum(a[row][t][int(tokens[row][t + 1])] for t in places), rel=1e-5)
+        assert int(found["lengths"][row]) == len(places)
+        for t in places:
+            assert float(found["ref_policy_kl"][row][t]) == pytest.approx(
+                (np.exp(b[row][t]) * (b[row][t] - a[row][t])).sum(), rel=1e-3, abs=1e-6)
+    for name in ("dpo", "tdpo", "tdpo:tdpo1"):
+        assert float(texts.value(losses.get(name), log_pi, log_pi, pairs)) == pytest.approx(np.log(2))
+        weights = jnp.array([0.0, 1, 0, 0, 0, 0])
+        alone = texts.Pairs(*(x[1:2] for x in pairs))
+        assert float(texts.value(losses.get(name), log_pi, ref, pairs, weights=weights)) == pytest.approx(
+            float(texts.value(losses.get(name), log_pi[1:2], ref[1:2], alone)), rel=1e-5)
+    spoilt = pairs._replace(tokens=jnp.where(pairs.mask | (jnp.arange(15) < 3)[None, None], pairs.tokens, 5))
+    np.testing.assert_allclose(texts.sums(CONFIG, one, spoilt), texts.sums(CONFIG, one, pairs), rtol=1e-5)
+    with pytest.raises(ConfigError, match="cannot supply scores"):
+        texts.supply(("scores",), log_pi, ref, pairs)
+
+
+def test_a_shared_suffix_is_all_that_the_cases_differ_in():
+    """One contrasting token, then as many scored tokens as the case says, the same on both sides."""
+    for suffix in gradient_entanglement.CASES.values():
+        pairs = gradient_entanglement.labelled(jax.random.key(0), 5, suffix)
+        assert (pairs.mask.sum(-1) == 1 + suffix).all()
+        differ = pairs.tokens[:, 0] != pairs.tokens[:, 1]
+        assert (differ.sum(-1) == 1).all() and (differ & pairs.mask[:, 0]).any(-1).all()
+
+
+def test_length_statistics():
+    """Longer completions with less log-prob per token correlate at -1; a winner is judged by the loss's own reward."""
+    lengths = np.array([[[2, 4], [8, 4]]])
+    logps = -np.array([[[[2.0, 4], [8, 4]], [[3.0, 9], [40, 4]]]])  # mean log-probs -1 throughout, then falling
+    assert simpo_length.correlation(logps[:, 1:], lengths)[0, 0] < -0.5
+    found = {"logps": logps, "lengths": lengths}
+    assert simpo_length.accuracy(found, "SimPO") == {"shorter": [1], "longer": [0]}
+    assert simpo_length.accuracy({**found, "logps": logps[:, :1] * [[[1, 1], [1, 3]]]},
+                                 "without normalisation") == {"shorter": [1], "longer": [1]}
+
+
+def test_preferences_prefer_praise():
+    """The pairs of two studies: well-formed, the chosen with more praise on average, or always where ranked."""
+    data = variants_by_start.preferences(jax.random.key(0), 400)
+    assert (data.tokens[..., variants_by_start.TOPIC + 2] == variants_by_start.REPLY).all()
+    praise = (texts.polarity(data.tokens) * data.mask).sum(-1)
+    assert float((praise[:, 0] - praise[:, 1]).mean()) > 1
+    ranked, kept = implicit_explicit.pairs(jax.random.key(1), 200, which=implicit_explicit.NEW, opposite=True)
+    praise = (texts.polarity(ranked.tokens) * ranked.mask).sum(-1)
+    assert (praise[:, 0] >= praise[:, 1]).all() and ((praise[:, 0] > praise[:, 1]) == kept).all()
+    prompt = ranked.tokens[:, 0, 1:1 + implicit_explicit.PROMPT]
+    assert float(texts.polarity(prompt).sum()) < 0 and (ranked.tokens[:, 1, 1:4] == prompt).all()
 
 
 @pytest.mark.parametrize("names", [("h_dpo", "gradient_field")])

@@ -28,7 +28,8 @@ LEVELS: dict[str, float] = {
     "optim": 4, "sharding": 4, "checkpoint": 4, "metrics": 4, "reference": 4, "sources": 4,
     "step": 5, "configs": 5,
     "context": 6, "sample": 6.1, "scoring": 6.15, "evaluate": 6.2, "stage_data": 6.2, "planning": 6.2,
-    "stage_setup": 6.25, "watch": 6.28, "train": 6.3, "examine": 6.35, "population": 6.4, "sweep": 6.5,
+    "stage_setup": 6.25, "watch": 6.28, "train": 6.3, "examine": 6.35, "analyses": 6.37, "population": 6.4,
+    "sweep": 6.5,
     "launch": 7, "launching": 7.05, "commands": 7.1, "cli": 7.2,
 }
 KNOW_CONFIGS = ("configs", "train", "examine", "population", "sweep", "launch", "commands", "cli")

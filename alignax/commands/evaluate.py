@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from alignax.commands import generate, policies, rules
+from alignax.commands import generate, given, policies, rules
 
 NEW_TOKENS = 64
 EPILOG = """Log-probs are sums over the scored tokens of a completion, in nats. Accuracies count ties half; their 95%
@@ -28,22 +28,8 @@ def add(commands) -> None:
                     "own completions of the file's prompts.")
     parser.add_argument("file", metavar="FILE", help="a file or folder of records, or a prepared folder")
     policies.add_arguments(parser)
-    reference = parser.add_mutually_exclusive_group()
-    reference.add_argument("--reference", default="", metavar="FOLDER",
-                           help="the reference: a model of the policy's shape, or a run (its last finished stage)")
-    reference.add_argument("--reference-stage", default="", metavar="STAGE",
-                           help="the reference: a stage of the policy's run, or `model` for what the run started from")
-    parser.add_argument("--format", default="auto", help="the layout of the file (default auto; see alignax data)")
-    parser.add_argument("--split", default="", help="of a folder, or of files with a field `split`: the split to read")
-    parser.add_argument("--template", default="", metavar="NAME",
-                        help="for messages: chatml, plain, hh, a Jinja file or a folder (default: the model's own)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="the first N records (default: all)")
-    parser.add_argument("--batch-size", type=int, default=16, help="records at a time (default 16)")
-    parser.add_argument("--max-length", type=int, default=0, metavar="N",
-                        help="tokens of a prompt with a completion (default: the model's positions)")
-    parser.add_argument("--truncation", default="error", metavar="RULE",
-                        help="what becomes of longer records, counted and shown: error, drop, left or right (default "
-                             "error)")
+    given.add_reference(parser)
+    given.add_reading(parser)
     parser.add_argument("--reward", default="", metavar="NAME",
                         help="also score the texts by this reward (a wrong name lists them)")
     parser.add_argument("--generate", action="store_true", help="sample completions of the prompts and compare them")
@@ -68,7 +54,7 @@ def run(arguments, console) -> int:
     if arguments.json:  # standard output holds the object alone
         console = Console(stderr=True)
     policy = policies.load(arguments)
-    params, reference = policy.params | _reward_head(policy), _reference(arguments, policy)
+    params, reference = policy.params | _reward_head(policy), given.reference(arguments, policy)
     limit = policy.spec.config.max_positions
     if arguments.max_length > limit:
         raise ConfigError(f"--max-length={arguments.max_length}; the model has {limit} positions")
@@ -78,9 +64,9 @@ def run(arguments, console) -> int:
     mesh = sharding.make_mesh()
     place = lambda tree: tree and jax.device_put(tree, sharding.param_shardings(tree, mesh))
     work = _Work(arguments, console, policy, place(params), place(reference), mesh, reward)
-    records, ledger, template = _read(arguments, policy)
-    result = {"file": arguments.file, "policy": _name(policy), "records": len(records),
-              "reference": _reference_name(arguments, policy) if reference is not None else None}
+    records, ledger, template = given.read(arguments, policy)
+    result = {"file": arguments.file, "policy": given.policy_name(policy), "records": len(records),
+              "reference": given.reference_name(arguments, policy) if reference is not None else None}
     with_answers = [r for r in records if r.completions]
     if not with_answers and not arguments.generate:
         raise ConfigError(f"{arguments.file}: its records are prompts without completions; --generate samples some")
@@ -98,7 +84,7 @@ def run(arguments, console) -> int:
         result["generated"], more = _generated(work, records, template, plain)
         rows += more
     if arguments.json:
-        sys.stdout.write(json.dumps(_plain(result), allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(given.plain(result), allow_nan=False) + "\n")
     else:
         _show(console, result, ledger)
     if out_file is not None:
@@ -147,14 +133,11 @@ class _Work:
 
 def _check(arguments) -> bool:
     """Refuses numbers out of range and options that would be ignored; returns whether sampling is plain."""
-    from alignax import data
     from alignax.types import ConfigError
 
-    if arguments.truncation not in data.TRUNCATION:
-        raise ConfigError(f"--truncation={arguments.truncation}; allowed: {', '.join(data.TRUNCATION)}")
-    for flag, least in (("limit", 0), ("batch_size", 1), ("max_length", 0), ("samples", 1)):
-        if (value := getattr(arguments, flag)) < least:
-            raise ConfigError(f"--{flag.replace('_', '-')}={value}; allowed: {least} or more")
+    given.check(arguments)
+    if arguments.samples < 1:
+        raise ConfigError(f"--samples={arguments.samples}; allowed: 1 or more")
     decoding = argparse.ArgumentParser()
     rules.add_arguments(decoding, max_new_tokens=NEW_TOKENS)
     usual = vars(decoding.parse_args([])) | {"samples": 1}
@@ -162,14 +145,6 @@ def _check(arguments) -> bool:
     if changed and not arguments.generate:
         raise ConfigError(f"--{changed[0].replace('_', '-')}: goes with --generate")
     return not set(changed) - {"max_new_tokens", "stop", "seed", "samples"}
-
-
-def _name(policy: policies.Policy) -> str:
-    return f"{policy.name}:{policy.stage}" if policy.stage else policy.name
-
-
-def _reference_name(arguments, policy: policies.Policy) -> str:
-    return arguments.reference or f"{policy.name}:{arguments.reference_stage}"
 
 
 def _reward_head(policy: policies.Policy) -> dict[str, Any]:
@@ -183,51 +158,6 @@ def _reward_head(policy: policies.Policy) -> dict[str, Any]:
         return {}
     like = jax.eval_shape(lambda: models.init_scalar_head(jax.random.key(0), policy.spec.config.hidden_size))
     return {"reward_head": checkpoint.load_tree(folder, like)}
-
-
-def _reference(arguments, policy: policies.Policy) -> Any:
-    """The reference's parameters, or None. Raises ConfigError where it is not the policy's shape and tokenizer."""
-    from alignax.types import ConfigError
-
-    if not arguments.reference and not arguments.reference_stage:
-        return None
-    flag = "--reference" if arguments.reference else "--reference-stage"
-    if arguments.reference_stage and policy.run is None:
-        raise ConfigError(f"--reference-stage={arguments.reference_stage}: {policy.name} is no run; name a folder with "
-                          "--reference")
-    try:
-        other = policies.load(argparse.Namespace(
-            model=arguments.reference, stage=arguments.reference_stage,
-            run=str(policy.run) if arguments.reference_stage else None))
-    except ConfigError as error:
-        raise ConfigError(f"{flag}: {error}") from error
-    if other.spec.config != policy.spec.config:
-        ours, theirs = (dataclasses.asdict(p.spec.config) for p in (policy, other))
-        differ = [f"{name} {theirs[name]!r} (policy: {ours[name]!r})" for name in ours if ours[name] != theirs[name]]
-        raise ConfigError(f"{flag}={_reference_name(arguments, policy)}: a model of another shape: "
-                          f"{', '.join(differ)}; allowed: the policy's shape, so that both run in one program")
-    if other.tokenizer.core.to_str() != policy.tokenizer.core.to_str():
-        raise ConfigError(f"{flag}={_reference_name(arguments, policy)}: it has another tokenizer than {policy.name}; "
-                          "log-probs of other tokens cannot be compared")
-    return other.params
-
-
-def _read(arguments, policy: policies.Policy):
-    """(records, ledger, chat template or None) of the file."""
-    from alignax import data
-    from alignax.types import DataError
-
-    ledger = data.Ledger()
-    records = data.load_records(arguments.file, format=arguments.format, split=arguments.split or None,
-                                on_identical="keep", ledger=ledger)
-    if arguments.limit and len(records) > arguments.limit:
-        ledger.note(f"records beyond --limit={arguments.limit}, not used", len(records) - arguments.limit)
-        records = records[:arguments.limit]
-    if not records:
-        raise DataError(f"{arguments.file}: no records in it")
-    chats = any(r.is_chat for r in records)
-    template = policies.template(policy, arguments.template) if chats or arguments.template else None
-    return records, ledger, template
 
 
 def _tokens(work: _Work, records, ledger, template, **bounds):
@@ -322,13 +252,6 @@ def _mean(values) -> dict[str, float]:
 
     error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return {"reward": float(values.mean()), "reward_se": error}
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: what has no value (a standard error of one record) becomes null."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: Any) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alignax.commands import sweep_cost
+from alignax.commands import sweep_cost, sweep_rules, sweep_search
 
 BACKENDS = ("population", "process", "slurm", "pod")
 ALONE = ("process", "slurm")  # members are runs of their own, which share no stages
@@ -24,9 +24,10 @@ def add(commands) -> None:
                     "times the values of --sweep, times --seeds. Every member is a run of its own under "
                     "DIR/members/NAME that all other commands can read. The same command again goes on with the "
                     "members that are not finished. --config.key=value sets a key of all members. `alignax report DIR` "
-                    "then compares them.",
-        epilog="exit codes: 0 all members finished, 1 some failed (the reasons are printed and stand in status.json), "
-               "2 bad input, 75 stopped by SIGTERM and resumable")
+                    "then compares them. With --trials, the config file's `search(trial)` and optuna choose the "
+                    "members instead.",
+        epilog="exit codes: 0 all members finished (or were dropped by --halving), 1 some failed (the reasons are "
+               "printed and stand in status.json), 2 bad input, 75 stopped by SIGTERM and resumable")
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a Python file with get_config([arg]), "
                                                                               "and sweep(add) if it has one")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the sweep's folder")
@@ -35,6 +36,16 @@ def add(commands) -> None:
                              "begins with a colon, is an argument of the config file (FILE:loss=ipo)")
     parser.add_argument("--seeds", type=int, default=0, metavar="N",
                         help="run every point with N seeds, from the config's own upwards (default: once)")
+    parser.add_argument("--trials", type=int, default=0, metavar="N",
+                        help="search instead of sweeping: run members that optuna chooses by the config file's "
+                             "`search(trial)` until there are N, in the same folder and table. The same command goes "
+                             "on, also with a larger N (needs pip install 'alignax[search]')")
+    parser.add_argument("--metric", default="win_rate:max", metavar="NAME:MODE",
+                        help="with --trials: the number of results.jsonl that is searched for, :max or :min; over "
+                             "seeds, its mean (default win_rate:max)")
+    parser.add_argument("--at-once", type=int, default=8, metavar="N",
+                        help="with --trials: how many trials are chosen together, and train together where they can "
+                             "(default 8)")
     parser.add_argument("--backend", default="population", metavar="NAME",
                         help="population: members that differ in numbers only train as one compiled program; process: "
                              "each in a process of its own; slurm: each a job of an array (default population); jobs "
@@ -50,6 +61,16 @@ def add(commands) -> None:
     parser.add_argument("--retries", type=int, default=1, metavar="N",
                         help="further attempts for a member whose process fails, other than by bad input or by a step "
                              "that is not finite, which the same numbers would give again (default 1)")
+    parser.add_argument("--halving", default="", metavar="KEY=VALUE,...",
+                        help="backend population: drop the worse members at rungs, as in metric=accuracy,mode=max,"
+                             "rungs=20:40,keep=0.5: of the members of one program, the half with the higher accuracy "
+                             "on held-out records goes on after 20 updates, and half of those after 40. Members that "
+                             "differ in the seed only stand and fall together. stage=NAME: a train stage other than "
+                             "the last. `sweep.halving` in the config file says the same")
+    parser.add_argument("--early-stop", default="", metavar="KEY=VALUE,...",
+                        help="backend population: end the training of a member after so many evaluations in a row that "
+                             "are no better than its best, as in metric=loss,mode=min,patience=3; it goes on with its "
+                             "later stages. `sweep.early_stop` in the config file says the same")
     parser.add_argument("--dry-run", action="store_true",
                         help="check and print the members, their groups and an estimate of the cost; start nothing")
     parser.add_argument("--no-estimate", action="store_true", help="leave the timed step of --dry-run out")
@@ -62,43 +83,102 @@ def run(arguments, console) -> int:
     from alignax import checkpoint, presence, sweep
     from alignax.types import ConfigError
 
-    for flag, least in (("seeds", 0), ("retries", 0), ("jobs", 1)):
+    for flag, least in (("seeds", 0), ("retries", 0), ("jobs", 1), ("trials", 0)):
         if (value := getattr(arguments, flag)) < least:
             raise ConfigError(f"--{flag}={value}; allowed: at least {least}")
     _check_backend(arguments.backend)
     folder = pathlib.Path(arguments.workdir)
-    members = members_of(arguments.config, folder, axes=arguments.sweep, seeds=arguments.seeds,
-                         overrides=arguments.overrides)
     if arguments.option and arguments.backend != "slurm":
         raise ConfigError(f"--option={arguments.option[0]} --backend={arguments.backend}: options are Slurm's")
     if arguments.base == "shared" and arguments.backend in ALONE:
         raise ConfigError(f"--base=shared --backend={arguments.backend}: processes share no stages; allowed: own")
     base = arguments.base or ("own" if arguments.backend in ALONE else "shared")
-    plan = sweep.plan_of(members, base)
-    known = sweep.claim(folder, plan)
+    work = _Work(arguments, folder, base)
+    known = sweep.claim(folder, work.plan())
     if arguments.dry_run:
-        _show_plan(members, folder, base, console, estimate=not arguments.no_estimate)
+        work.ask(sweep.gather(folder) if known else [])
+        _show_plan(work.members, folder, base, console, estimate=not arguments.no_estimate)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     with presence.locked(folder) as note:
         if note:
             console.print(note, markup=False)
-        if not (sweep.claim(folder, plan) or known):
-            checkpoint.write_json(folder / sweep.PLAN, plan)
+        if not (sweep.claim(folder, work.plan()) or known):
+            checkpoint.write_json(folder / sweep.PLAN, work.plan())
         progress = sweep.Progress(folder)
         began = time.monotonic()
-        try:
-            _attempts(arguments, members, folder, base, progress, console)
-        finally:  # what there is stands in the table, also after a stop
-            rows, missing = sweep.write(folder, with_history=arguments.history)
+        while True:
+            try:
+                _attempts(arguments, work, folder, progress, console)
+            finally:  # what there is stands in the table, also after a stop
+                rows, missing = sweep.write(folder, with_history=arguments.history)
+            if not work.ask(rows):
+                break
+            console.print(f"trials up to {len(work.trials)} of {arguments.trials}", highlight=False)
+            checkpoint.write_json(folder / sweep.PLAN, work.plan())
     if missing:
         console.print(missing, markup=False, soft_wrap=True)
+    if len(work.trials) < arguments.trials:
+        console.print(f"the space of search(trial) seems to hold no more than {len(work.trials)} settings",
+                      highlight=False)
     return _say(rows, folder, time.monotonic() - began, console)
 
 
+class _Work:
+    """What is to be run. members: of the sweep, or of the trials so far; rules: what drops or stops members."""
+
+    def __init__(self, arguments, folder: pathlib.Path, base: str):
+        from alignax import launch
+
+        self.arguments, self.folder, self.base = arguments, folder, base
+        module, _ = launch.load_module(arguments.config)
+        self.rules = sweep_rules.rules_of(arguments, module, alone=ALONE)
+        self.search, self.trials = None, []
+        if arguments.trials:
+            from alignax.sweep import search
+
+            self.search, self.function = sweep_search.settings_of(arguments, module)
+            self.trials = sweep_search.stored_trials(folder)
+            search.check(self.function, self.trials)
+        self.members = self._members()
+        sweep_rules.check(self.rules, self.members)
+
+    def _members(self) -> list[Any]:
+        from alignax.sweep import search
+
+        arguments = self.arguments
+        if self.search is not None and not self.trials:
+            return []
+        return members_of(arguments.config, self.folder, axes=arguments.sweep, seeds=arguments.seeds,
+                          overrides=arguments.overrides,
+                          points=None if self.search is None else search.points(self.trials))
+
+    def plan(self) -> dict[str, Any]:
+        """What sweep.json holds."""
+        from alignax import sweep
+
+        plan = sweep.plan_of(self.members, self.base, self.rules | {"search": self.search})
+        return plan if self.search is None else plan | {"trials": [trial.record() for trial in self.trials]}
+
+    def ask(self, rows: Sequence[dict]) -> bool:
+        """Adds a batch of trials, chosen by the results so far; False where there are enough or no others."""
+        from alignax.sweep import search
+
+        wanted = 0 if self.search is None else min(self.search.at_once, self.arguments.trials - len(self.trials))
+        if wanted < 1:
+            return False
+        values = sweep_search.values_of(self.search, len(self.trials), self.members, rows)
+        fresh = search.ask(self.function, self.search, self.trials, values, wanted)
+        self.trials += fresh
+        self.members = self._members()
+        return bool(fresh)
+
+
 def members_of(config: str, folder: pathlib.Path, *, axes: Sequence[str] = (), seeds: int = 0,
-               overrides: Sequence[str] = ()) -> list[Any]:
+               overrides: Sequence[str] = (), points: Sequence[Any] | None = None) -> list[Any]:
     """The members (alignax.sweep.Member) of the config file's sweep times `axes` (`KEY=A,B`) times seeds.
+
+    points: (alignax.sweep.Point) in place of the file's sweep.
 
     Raises ConfigError for anything that a run would be refused for, and where nothing says what is swept.
     """
@@ -108,22 +188,24 @@ def members_of(config: str, folder: pathlib.Path, *, axes: Sequence[str] = (), s
     file = config.partition(":")[0]
     module, argument = launch.load_module(config)
     given = sweep.product(*map(sweep.parse, axes))  # one empty setting where there are no axes
-    if hasattr(module, "sweep"):
+    if points is not None:
+        own = list(points)
+    elif hasattr(module, "sweep"):
         own = sweep.collect(module.sweep)
     elif axes or seeds:
         own = [sweep.Point({})]
     else:
         raise ConfigError(f"--config={config}: {file} defines no sweep(add); say what to vary there, or with --sweep "
                           "KEY=A,B and --seeds N")
-    points = []
+    made = []
     for point in own:
         for index, extra in enumerate(given):
             merged = sweep.product([dict(point.settings)], [extra])[0]
             factors = None if point.factors is None else {**point.factors, **extra}
             suffix = f"-{index:0{len(str(len(given) - 1))}d}" if point.name and len(given) > 1 else ""
-            points.append(sweep.Point(merged, point.name + suffix, factors))
+            made.append(sweep.Point(merged, point.name + suffix, factors))
     load = lambda words, texts: launch.load_config(f"{file}:{words}" if words else file, texts)
-    return sweep.resolve(points, load, folder / sweep.MEMBERS, argument=argument, overrides=overrides, seeds=seeds)
+    return sweep.resolve(made, load, folder / sweep.MEMBERS, argument=argument, overrides=overrides, seeds=seeds)
 
 
 def _check_backend(name: str) -> None:
@@ -136,7 +218,7 @@ def _check_backend(name: str) -> None:
                           "--backend=xpk|jobset|skypilot; then this command without --backend=pod writes the table")
 
 
-def _attempts(arguments, members: Sequence[Any], folder: pathlib.Path, base: str, progress: Any, console) -> None:
+def _attempts(arguments, work: _Work, folder: pathlib.Path, progress: Any, console) -> None:
     """Runs what is not finished, and what failed again as often as --retries allows."""
     from alignax import sweep
 
@@ -147,11 +229,12 @@ def _attempts(arguments, members: Sequence[Any], folder: pathlib.Path, base: str
         else:
             console.print(f"{name}: finished", markup=False, highlight=False)
 
+    members = work.members
     done = sum(sweep.finished(folder, m.name) for m in members)
     if done:
         console.print(f"{done} of {len(members)} members are finished already", highlight=False)
     for attempt in range(1 + arguments.retries):
-        left = [m for m in members if not sweep.finished(folder, m.name) and not progress.final(m.name)]
+        left = [m for m in sweep.left(folder, members) if not progress.final(m.name)]
         if not left:
             break
         if attempt:
@@ -161,7 +244,7 @@ def _attempts(arguments, members: Sequence[Any], folder: pathlib.Path, base: str
         elif arguments.backend == "slurm":
             _slurm(left, arguments, folder, console, ended)
         else:
-            _population(members, {m.name for m in left}, folder, base, console, ended)
+            _population(work, {m.name for m in left}, folder, console, ended)
     progress.settle()
 
 
@@ -174,7 +257,7 @@ def _slurm(left: Sequence[Any], arguments, folder: pathlib.Path, console,
                       options.parse("slurm", arguments.option), ended=ended, say=say)
 
 
-def _population(members: Sequence[Any], left: set[str], folder: pathlib.Path, base: str, console,
+def _population(work: _Work, left: set[str], folder: pathlib.Path, console,
                 ended: Callable[[str, str, bool], None]) -> None:
     """All members go in, since which stages they share is a matter of all; those that are finished take no time."""
     import jax
@@ -182,14 +265,16 @@ def _population(members: Sequence[Any], left: set[str], folder: pathlib.Path, ba
     from alignax import population
 
     with contextlib.suppress(RuntimeError):  # JAX has started, with the devices that it has
-        jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), len(members)))
+        jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), len(work.members)))
 
     def told(name: str, result: Any) -> None:
-        if name in left:
+        if name in left and result.dropped:
+            console.print(f"{name}: dropped: {result.dropped['reason']}", markup=False, highlight=False, soft_wrap=True)
+        elif name in left:
             # What a population reports of a member (bad input, a step that is not finite) comes out the same again.
             ended(name, result.error, True)
 
-    population.run(members, folder, console=console, seeds=base, ended=told)
+    population.run(work.members, folder, console=console, seeds=work.base, ended=told, **work.rules)
 
 
 def _show_plan(members: Sequence[Any], folder: pathlib.Path, base: str, console, *, estimate: bool) -> None:
@@ -206,13 +291,14 @@ def _show_plan(members: Sequence[Any], folder: pathlib.Path, base: str, console,
                   title=f"{len(members)} members, {len(groups)} group{plural} of one structure")
     for member in members:
         table.add_row(member.name, number[member.name], *(_cell(member.factors.get(key)) for key in factors),
-                      "finished" if sweep.finished(folder, member.name) else "to run")
+                      "finished" if sweep.finished(folder, member.name) else
+                      "dropped" if sweep.dropped(folder, member.name) else "to run")
     console.print(table)
     bases = population.bases(members, seeds=base)
     for shared in bases:
         console.print(f"once for {len(shared.members)} members: {', '.join(shared.stages)}", markup=False,
                       highlight=False)
-    left = [m for m in members if not sweep.finished(folder, m.name)]
+    left = sweep.left(folder, members)
     if estimate and left:
         for line in sweep_cost.estimate(left, bases, console):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -224,8 +310,11 @@ def _cell(value: Any) -> str:
 
 def _say(rows: Sequence[dict], folder: pathlib.Path, seconds: float, console) -> int:
     """Prints what failed and where the table is; returns the exit code."""
-    failed = [row for row in rows if row["state"] != "finished"]
-    console.print(f"{len(rows) - len(failed)} of {len(rows)} members finished, {seconds:.0f} seconds", highlight=False)
+    failed = [row for row in rows if row["state"] not in ("finished", "dropped")]
+    dropped = sum(row["state"] == "dropped" for row in rows)
+    also = f", {dropped} were dropped at rungs" if dropped else ""
+    console.print(f"{len(rows) - len(failed) - dropped} of {len(rows)} members finished{also}, {seconds:.0f} seconds",
+                  highlight=False)
     for row in failed:
         console.print(f"  {row['member']}: {row['state']}{': ' if row['reason'] else ''}{row['reason']}",
                       markup=False, highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from alignax.types import ConfigError, DataError
 _LOWER = ("loss", "kl", "perplexity")
 _MOST_PANELS = 6
 _FEW_SEEDS = 5
+_KL = "kl_on_policy"
 
 
 def write(folder: Path, out: Path, *, metric: str = "", better: str = "", top: int = 10, console: Any) -> Path:
@@ -34,7 +35,9 @@ def write(folder: Path, out: Path, *, metric: str = "", better: str = "", top: i
     """
     if top < 1:
         raise ConfigError(f"--top={top}; allowed: at least 1")
-    rows = _read(folder / "results.jsonl")
+    every = _read(folder / "results.jsonl")
+    # A dropped member's numbers are of fewer updates than the others'.
+    rows = [row for row in every if row["state"] != "dropped"]
     metric = _metric(rows, metric, folder)
     words = metric.replace("_", ".").split(".")
     lower = better == "lower" if better else any(word in words for word in _LOWER)
@@ -44,11 +47,11 @@ def write(folder: Path, out: Path, *, metric: str = "", better: str = "", top: i
     short = statistics.short_names(factors)
     out.mkdir(parents=True, exist_ok=True)
 
-    best = _best_table(found[:top], factors, short, metric)
+    best = _best_table(found[:top], factors, short, metric, rows)
     levels = _level_table(effects, short, metric)
     drawn = _draw(rows, found[:top], effects, factors, short, metric, lower, out / "figures")
     title = f"Sweep {folder.resolve().name}: {metric}"
-    told = _told(rows, found, metric, lower)
+    told = _told(every, found, metric, lower)
     (out / "report.md").write_text(_markdown(title, told, best, levels, drawn), encoding="utf-8")
     tex = [pages.latex_table(*best, caption=f"Best configurations by {metric}.")]
     if levels[1]:
@@ -60,7 +63,7 @@ def write(folder: Path, out: Path, *, metric: str = "", better: str = "", top: i
         sections.append(("Effect of each factor", [pages.paragraph(_LEVELS), pages.html_table(*levels, sortable=True),
                                                    *_images(drawn, "effects")]))
     sections.append(("Factors together", _images(drawn, "heat_map", "lines", "frontier", "parallel")))
-    sections.append(("All members", [pages.html_table(*_member_table(rows, metric), sortable=True)]))
+    sections.append(("All members", [pages.html_table(*_member_table(every, metric), sortable=True)]))
     sections.append(("Tables to copy", [pages.source("\n".join(tex), "LaTeX (booktabs)"), pages.source(
         "\n".join(pages.markdown_table(*t) for t in (best, levels) if t[1]), "Markdown")]))
     page = out / "report.html"
@@ -69,9 +72,9 @@ def write(folder: Path, out: Path, *, metric: str = "", better: str = "", top: i
     return page
 
 
-_LEVELS = ("A level's location is the interquartile mean over all members that have it. `behind best` compares it with "
-           "the factor's best level over pairs of members alike in everything else, the seed included: the mean "
-           "difference with its interval; empty where there are no such pairs.")
+_LEVELS = ("A level's location is the interquartile mean over all members that have it. Column 'behind best' compares "
+           "it with the factor's best level over pairs of members alike in everything else, the seed included: the "
+           "mean difference with its interval; empty where there are no such pairs.")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -102,7 +105,8 @@ def _metric(rows: Sequence[Mapping[str, Any]], wanted: str, folder: Path) -> str
 
 def _told(rows: Sequence[Mapping], found: Sequence[statistics.Configuration], metric: str, lower: bool) -> list[str]:
     """The facts at the head of the report."""
-    states = {state: sum(row["state"] == state for row in rows) for state in ("finished", "failed", "pending")}
+    states = {state: sum(row["state"] == state for row in rows)
+              for state in ("finished", "dropped", "failed", "pending")}
     valued = sum(len(one.values) for one in found)
     seeds = sorted({len(one.values) for one in found})
     drawn = "seeds are drawn again inside each configuration" if seeds[0] > 1 else (
@@ -118,6 +122,13 @@ def _told(rows: Sequence[Mapping], found: Sequence[statistics.Configuration], me
                      "has not seen.")
     if metric.split(".")[-1] == "loss" and len({str(row["factors"].get("loss")) for row in rows}) > 1:
         lines.append("Values of different losses have different scales: compare them inside one loss only.")
+    if states["dropped"]:
+        lines.append("Dropped members are left out of all statistics: what is said of a factor is said of those that "
+                     "went on, which were chosen.")
+    spent = [row["metrics"][_KL] for row in rows if statistics.value_of(row, _KL) is not None]
+    if metric != _KL and spent and max(spent) > 2 * max(min(spent), 1.0):
+        lines.append(f"Members spent between {pages.number(min(spent))} and {pages.number(max(spent))} nats of KL "
+                     f"({_KL}): compare {metric} at equal KL.")
     for row in rows:
         if row["state"] == "failed":
             lines.append(f"Failed: {row['member']}: {row['reason']}")
@@ -129,10 +140,15 @@ def _interval(one: statistics.Estimate | None) -> str:
 
 
 def _best_table(found: Sequence[statistics.Configuration], factors: Sequence[str], short: Mapping[str, str],
-                metric: str) -> tuple[list[str], list[list]]:
-    headings = [*(short[f] for f in factors), metric, "95% interval", "seeds", "failed"]
+                metric: str, rows: Sequence[Mapping]) -> tuple[list[str], list[list]]:
+    """The metric of the best configurations, and what KL each spent (mean over its seeds) where that is known."""
+    spent = {row["member"]: value for row in rows if (value := statistics.value_of(row, _KL)) is not None}
+    shown = metric != _KL and all(name in spent for one in found for name in one.members)
+    means = [[float(np.mean([spent[name] for name in one.members]))] if shown else [] for one in found]
+    headings = [*(short[f] for f in factors), metric, "95% interval", *[_KL] * shown, "seeds", "failed"]
     return headings, [[*(statistics.show(one.factors.get(f)) for f in factors), one.estimate.value,
-                       _interval(one.estimate), one.estimate.n, one.failed] for one in found]
+                       _interval(one.estimate), *mean, one.estimate.n, one.failed]
+                      for one, mean in zip(found, means, strict=True)]
 
 
 def _level_table(effects: Sequence[statistics.Effect], short: Mapping[str, str],

@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 from alignax.diagnostics import compare, style
 from alignax.diagnostics.sweep_statistics import Configuration, Effect, Estimate
 
+WIDE_KL = 20.0
 MOST_LINES = len(style.COLOURS)
 _MARKS = "os^Dvp"
 
@@ -152,8 +153,8 @@ def lines(series: Mapping[str, Sequence[tuple[float, Estimate]]], metric: str, p
 def frontier(series: Mapping[str, Sequence[tuple[float, float]]], path: str | os.PathLike, *, by: str = "") -> Path:
     """Win rate over the KL that was spent for it, a dot per member, beside the exact curve of best-of-n sampling.
 
-    series: name -> (KL in nats per sequence, win rate) of its members, at most MOST_LINES names. Raises ValueError
-    without points.
+    series: name -> (KL in nats per sequence, win rate) of its members, at most MOST_LINES names. Where KLs reach beyond
+    WIDE_KL, the axis is logarithmic from 1 nat on, and linear up to there. Raises ValueError without points.
     """
     points = [point for held in series.values() for point in held]
     if not points or len(series) > MOST_LINES:
@@ -163,7 +164,10 @@ def frontier(series: Mapping[str, Sequence[tuple[float, float]]], path: str | os
     axes = style.axes(figure, 1, 1, 1)
     axes.axhline(0.5, color=style.MUTED, linewidth=0.8)
     limit = 1.06 * max(*(kl for kl, _ in points), 1.0)
-    n = np.exp(np.linspace(0.0, limit + 1.0, 400))
+    wide = limit > WIDE_KL
+    # Flat long before exp(700), which is about the largest float; the bend is what needs the points.
+    n = np.exp(np.concatenate([np.linspace(0.0, 10.0, 400), np.linspace(10.0, min(max(limit + 1.0, 11.0), 700.0),
+                                                                             50)[1:]]))
     curve = compare.best_of_n_kl(n), compare.best_of_n_win_rate(n)
     axes.plot(*curve, color=style.MUTED, linewidth=1.5)
     axes.annotate("best of n samples", (limit, float(np.interp(limit, *curve))), xytext=(-2, 5), ha="right",
@@ -171,8 +175,15 @@ def frontier(series: Mapping[str, Sequence[tuple[float, float]]], path: str | os
     for index, (name, held) in enumerate(series.items()):
         axes.plot([kl for kl, _ in held], [rate for _, rate in held], _MARKS[index], color=style.COLOURS[index],
                   markersize=5, alpha=0.8, markeredgecolor="white", markeredgewidth=0.5, label=name)
-    axes.set_xlim(min(0.0, *(kl for kl, _ in points)) - 0.02 * limit, limit)
-    axes.set_xlabel("KL(policy ‖ ref) on samples of the policy  (nats per sequence)")
+    left = min(0.0, *(kl for kl, _ in points))
+    if wide:
+        axes.set_xscale("symlog", linthresh=1.0)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(left - 0.05, limit * 1.1)
+    else:
+        axes.set_xlim(left - 0.02 * limit, limit)
+    axes.set_xlabel("KL(policy ‖ ref) on samples of the policy  (nats per sequence"
+                    + (", logarithmic above 1)" if wide else ")"))
     axes.set_ylabel("win rate against the baseline")
     style.legend(axes, title=by, title_fontsize=style.TICK, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return style.save(figure, path)

@@ -29,6 +29,11 @@ def _aligned(texts: list[str]) -> list[str]:
     return [text.ljust(width) for text in padded]
 
 
+def aligned(values: Sequence[float | int | None], digits: int) -> list[str]:
+    """Cells of a column with their decimal points below one another; None becomes a dash. Justify them left."""
+    return _aligned([_format(value, digits) for value in values])
+
+
 def before_after(
     before: Mapping[str, float],
     after: Mapping[str, float],

@@ -92,8 +92,10 @@ def focal_po(logps: Array, ref_logps: Array, *, beta: Any = 0.01, gamma: Any = 0
     """Focal preference optimisation: -p^gamma log p, p = sigmoid(beta D): misranked pairs weigh less than in DPO.
 
     detach (static): the factor p^gamma as a constant, as oxRL has it. [B, 2] -> [B]. The full gradient changes its
-    sign below p = e^(-1 / gamma). Source: arXiv 2501.06645 (abstract); whether the factor is differentiated, and both
-    defaults, by recall.
+    sign below p = e^(-1 / gamma). Source: arXiv 2501.06645 (abstract), and its factor p^gamma as others restate it; the
+    authors' repository (TongLiu-github/focalpo) has a readme alone, no code and no settings. Whether the factor is
+    differentiated, and both defaults, by recall; oxRL has detach=True and gamma=1, a summary of the paper gamma=2
+    beside scores that are not the authors'.
     """
     chosen, rejected = pair_log_ratios(logps, ref_logps)
     nll = links.logistic(beta * (chosen - rejected))

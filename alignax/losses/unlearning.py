@@ -115,8 +115,9 @@ def unlikelihood(token_logps: Array, labels: Array, mask: Array, *, alpha: Any =
 
     token_logps, mask: [B, K, L]; labels: [B, K]. Two terms, each a token mean over its own completions: `nll`, and
     `unlikelihood` with scale alpha. 1 - pi is held at `clamp` with zero gradient below, counted in the metric
-    `clamped`. Source: arXiv 1908.04319 (penalty and clamp), facebookresearch/unlikelihood_training. The gradient on
-    the logit of a penalised token is +pi.
+    `clamped`. The gradient on the logit of a penalised token is +pi. Source: arXiv 1908.04319 (penalty and clamp) and
+    its code; the two token means by label, with alpha = 1, are those of arXiv 1911.03860's code
+    (facebookresearch/ParlAI, dialogue_unlikelihood), whose clamp is 1e-20, and 1e-6 in half precision.
     """
     good, mask = (floats(labels) > 0.5)[..., None], jnp.asarray(mask, bool)
     bad = mask & ~good

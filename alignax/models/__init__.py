@@ -13,6 +13,7 @@ from alignax.models.decoder import (
     head,
     init_cache,
     init_params,
+    layers_apart,
     logits,
 )
 from alignax.models.families import FAMILIES
@@ -42,7 +43,7 @@ __all__ = [
     "OFFLOADED", "REMAT", "RopeScaling", "TensorReader", "abstract_params", "attend", "attention_mask",
     "check_remat", "check_target", "choose_attention", "copy_companions", "decode_step", "describe", "extend_cache",
     "forward", "forward_edited", "gather_last", "head", "init_adapters", "init_cache", "init_heads", "init_params",
-    "init_scalar_head", "last_token_positions", "last_token_rewards", "linear", "load", "logits", "merge",
-    "open_tensors", "read_config", "read_generation_ids", "resolve", "save", "saved_dtype", "scalar_head", "staged",
-    "write_tensors",
+    "init_scalar_head", "last_token_positions", "last_token_rewards", "layers_apart", "linear", "load", "logits",
+    "merge", "open_tensors", "read_config", "read_generation_ids", "resolve", "save", "saved_dtype", "scalar_head",
+    "staged", "write_tensors",
 ]

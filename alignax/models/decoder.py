@@ -81,18 +81,21 @@ def _merge_layer(config: DecoderConfig, params: Params) -> Layer:
 
 def _check_adapters(params: Params, adapters: Params | None) -> None:
     """ConfigError, naming the path, for an adapter without a matrix."""
+    layers = params["layers"]
+    layers, axes = (layers[0], 2) if isinstance(layers, list) else (layers, 3)
+
     def walk(tree, found, path):
         for name, below in tree.items():
             here = f"{path}/{name}"
             other = found.get(name) if isinstance(found, dict) else None
             if isinstance(other, dict):
                 walk(below, other, here)
-            elif other is None or other.ndim != 3 or set(below) != {"a", "b"}:
+            elif other is None or other.ndim != axes or set(below) != {"a", "b"}:
                 what = "no such matrix" if other is None else sorted(below)
                 raise ConfigError(f"adapters: {here}: found {what}, allowed: {{'a', 'b'}} at a path of a matrix of "
                                   "this model")
     if adapters is not None:
-        walk(adapters, params["layers"], "layers")
+        walk(adapters, layers, "layers")
 
 
 def _embed(config: DecoderConfig, params: Params, tokens: Array, position: Array) -> Array:
@@ -154,8 +157,8 @@ def _part(tree: Any, start: int, period: int, repeats: int) -> Any:
 
 
 def _layer(tree: Any, number: int) -> Any:
-    """One layer of stacked leaves."""
-    return jax.tree.map(lambda leaf: leaf[number], tree)
+    """One layer of stacked leaves, or of layers apart."""
+    return tree[number] if isinstance(tree, list) else jax.tree.map(lambda leaf: leaf[number], tree)
 
 
 def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array, prefix: Array, position: Array, *,
@@ -275,6 +278,13 @@ def extend_cache(cache: Sequence[LayerCache], *, repeats: int = 1, length: int |
     return [LayerCache(grow(layer.key), grow(layer.value)) for layer in cache]
 
 
+def layers_apart(config: DecoderConfig, params: Params) -> Params:
+    """params whose stacked layers became a list with a tree for each, for a loop around decode_step: a layer cut out of
+    the stack inside the loop is copied at every turn. Costs a copy of the layers, once."""
+    layers = [_layer(params["layers"], number) for number in range(config.num_layers)]
+    return {**params, "layers": layers}
+
+
 def decode_step(config: DecoderConfig, params: Params, tokens: Array, position: Array, cache: Sequence[LayerCache],
                 cache_index, key_valid: Array, *, adapters: Params | None = None) -> tuple[Array, list[LayerCache]]:
     """Runs Q new tokens against a cache: (hidden [B,Q,D] after the final norm, the cache with them written).
@@ -284,7 +294,7 @@ def decode_step(config: DecoderConfig, params: Params, tokens: Array, position: 
     int32 [B] where rows are at different slots. key_valid: bool [B,S], False
     for slots that hold padding; query q reads the valid slots at or before its own. Where windows or ALiBi need the
     distance of two tokens it is the number of valid slots between them, so rows hold one sequence without gaps in its
-    positions. adapters: as in forward. Layers are unrolled.
+    positions. params: stacked, or as layers_apart makes them. adapters: as in forward. Layers are unrolled.
     """
     slots = key_valid.shape[-1]
     if len(cache) != config.num_layers or cache[0].key.shape[2] != slots:

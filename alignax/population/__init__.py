@@ -20,10 +20,12 @@ from alignax.population.arrays import (
     start,
     take,
 )
-from alignax.population.run import Result, run
+from alignax.population.rules import EarlyStop, Halving, early_stop, halving
+from alignax.population.run import DROPPED, Result, run
 from alignax.population.structure import SEEDS, Base, Member, bases, groups, signature
 
 __all__ = [
-    "AXIS", "Base", "Member", "Population", "Result", "SEEDS", "bases", "deactivate", "device_per_core", "filled",
-    "groups", "make_mesh", "make_steps", "make_update", "member", "place", "run", "signature", "stack", "start", "take",
+    "AXIS", "Base", "DROPPED", "EarlyStop", "Halving", "Member", "Population", "Result", "SEEDS", "bases", "deactivate",
+    "device_per_core", "early_stop", "filled", "groups", "halving", "make_mesh", "make_steps", "make_update", "member",
+    "place", "run", "signature", "stack", "start", "take",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from alignax import memory
 from alignax.types import ConfigError
 
 _SHARE = 0.7  # of what is free: the host's own arrays, evaluation and checkpoints take the rest
@@ -44,7 +45,8 @@ def needed(compiled: Any) -> int:
 
 def largest(count: int, compile_for: Callable[[int], Any], *, limit: int | None = None,
             ways: int = 1) -> tuple[int, Any]:
-    """(members at once, the program for them): as many of `count` as fit, in rounds of nearly equal size.
+    """(members at once, the program for them): as many of `count` as fit, in rounds of nearly equal size. Where the
+    compiler itself says that memory is out, half as many are tried.
 
     compile_for(n): the compiled program of n members; n is a multiple of `ways`, the devices that share them. limit:
     bytes on one device, a share of what is free by default. Raises ConfigError where a single member on each device
@@ -52,13 +54,21 @@ def largest(count: int, compile_for: Callable[[int], Any], *, limit: int | None 
     """
     bound = int(available() * _SHARE) if limit is None else limit
     up = lambda n: -(-n // ways) * ways
-    size, compiled = up(count), compile_for(up(count))
-    while (bytes_needed := needed(compiled)) > bound:
+    size = up(count)
+    while True:
+        try:
+            compiled = compile_for(size)
+            bytes_needed = needed(compiled)
+        except Exception as error:
+            if not memory.exhausted(error) or size == ways:
+                raise
+            size = max(size // 2 // ways * ways, ways)
+            continue
+        if bytes_needed <= bound:
+            return size, compiled
         if size == ways:
             raise ConfigError(f"one member on each device takes {bytes_needed:,} bytes; the limit is {bound:,}. A "
                               "smaller batch_size, a larger accumulation or a larger memory_limit helps")
         fitting = max(int(size * bound / bytes_needed) // ways * ways, ways)
         rounds = -(-count // min(fitting, size - ways))
         size = min(up(-(-count // rounds)), size - ways)
-        compiled = compile_for(size)
-    return size, compiled

@@ -80,8 +80,9 @@ class Program:
         """The compiled steps for arguments of these shapes (abstract or not)."""
         mark = size, str(jax.tree.map(jnp.shape, arguments)), jax.tree.structure(arguments)
         if mark not in self.compiled:
-            if len(self.compiled) >= (budget := self.section["compile_budget"]):
-                raise ConfigError(f"the steps of a population were compiled {len(self.compiled)} times, "
+            done = sum(known[0] == size for known in self.compiled)  # other sizes are other rounds and rungs
+            if done >= (budget := self.section["compile_budget"]):
+                raise ConfigError(f"the steps of a population of {size} were compiled {done} times, "
                                   f"compile_budget={budget}; use shapes='global', a larger bucket_multiple or a larger "
                                   "compile_budget")
             spec = self.spec(size)
@@ -95,8 +96,8 @@ class Program:
             self.compiled[mark] = run.lower(*arguments).compile()
         return self.compiled[mark]
 
-    def sized(self, memory_limit: int | None) -> tuple[int, Program]:
-        """How many members are trained at once, and this program, compiled for them."""
+    def sized(self, count: int, memory_limit: int | None) -> int:
+        """How many of `count` members are trained at once; the program is compiled for them."""
         ways = 1 if self.mesh is None else self.mesh.size
 
         def compile_for(size: int):
@@ -111,8 +112,7 @@ class Program:
                               shape(batches, axis=1 if "batch" in self.own else None), shape(hyper),
                               shape(keys, axis=1), self.common(some, "frozen", shape))
 
-        size, _ = fit.largest(len(self.setups), compile_for, limit=memory_limit, ways=ways)
-        return size, self
+        return fit.largest(count, compile_for, limit=memory_limit, ways=ways)[0]
 
     def common(self, setups: Sequence[Setup], name: str, put) -> Any:
         """The reference (`ref`) or the frozen parameters (`frozen`), stacked where each member has its own, through

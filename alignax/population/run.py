@@ -26,19 +26,23 @@ from rich.console import Console
 
 from alignax import checkpoint, configs, context, memory, presence, sharding, stage_setup
 from alignax import train as train_lib
-from alignax.population import arrays, structure, training
+from alignax.population import arrays, rules, structure, training
 from alignax.types import ConfigError, DataError
 
 FOLDER = "population"
+DROPPED = "dropped.json"
+_RANKED = "ranked-"
 _FAILED = "failed.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a member: the contents of its result.json, or the reason why there is none (`error`)."""
+    """What became of a member: the contents of its result.json, or why there is none: it failed (`error`), or it was
+    dropped at a rung (`dropped`: stage, step, metric, value, place among so many settings, evaluated, reason)."""
 
     summary: Mapping[str, Any] | None
     error: str = ""
+    dropped: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass
@@ -62,7 +66,8 @@ class _Live:
 
 def run(members: Sequence[Any], workdir: pathlib.Path | str, *, console: Console | None = None, seeds: str = "shared",
         steps_per_call: int = 16, memory_limit: int | None = None, devices: Sequence[jax.Device] | None = None,
-        ended: Callable[[str, Result], None] | None = None) -> dict[str, Result]:
+        ended: Callable[[str, Result], None] | None = None, halving: rules.Halving | None = None,
+        early_stop: rules.EarlyStop | None = None) -> dict[str, Result]:
     """Runs or resumes `members` (structure.Member, or anything with name, config and folder); name -> Result.
 
     workdir: for what they share: `<workdir>/population` holds the shared stages and the populations' checkpoints.
@@ -70,10 +75,14 @@ def run(members: Sequence[Any], workdir: pathlib.Path | str, *, console: Console
     once, with the lowest seed) or not (`own`: every member is what it would be alone); see structure.bases.
     steps_per_call: the most updates in one call of the compiled program. memory_limit: bytes on one device; members
     that do not fit together are trained in rounds. devices: over which members are divided, all by default; every
-    member is on one. ended: called with each member as soon as its result is written or it has failed.
+    member is on one. ended: called with each member as soon as its result is written, it has failed or was dropped.
+    halving: members that train a stage in one program are ranked at its rungs and the worse ones dropped; what a
+    dropped member came to stands in its dropped.json. early_stop: ends the training of a member that gets no better;
+    its later stages run.
 
-    A member that cannot work or diverges fails alone. Raises ConfigError for what concerns all of them, and
-    context.Preempted after SIGTERM, when everything is saved; memory.OutOfMemory.
+    A member that cannot work or diverges fails alone, and so do those of a program that runs out of memory with one
+    member at a time. Raises ConfigError for what concerns all of them, and context.Preempted after SIGTERM, when
+    everything is saved.
     """
     console = console or Console()
     workdir = pathlib.Path(workdir).absolute()
@@ -85,10 +94,13 @@ def run(members: Sequence[Any], workdir: pathlib.Path | str, *, console: Console
     if steps_per_call < 1:
         raise ConfigError(f"steps_per_call={steps_per_call}; allowed: 1 or more")
     structure.bases((), seeds=seeds)  # refuses another rule before anything is written
+    for name, rule in (("halving", halving), ("early_stop", early_stop)):
+        for plain in (structure.plain_of(configs.staged(one.config)) for one in members if rule):
+            rules.check(rule, plain, name)
     home = workdir / FOLDER
     home.mkdir(parents=True, exist_ok=True)
     devices = list(jax.devices() if devices is None else devices)
-    engine = _Engine(home, console, devices, steps_per_call, memory_limit, ended)
+    engine = _Engine(home, console, devices, steps_per_call, memory_limit, ended, halving, early_stop)
     with contextlib.ExitStack() as held:
         if note := held.enter_context(presence.locked(home)):
             console.print(note, markup=False)
@@ -105,11 +117,12 @@ class _Engine:
     """The members that are still to run, and what they share."""
 
     def __init__(self, home: pathlib.Path, console: Console, devices: list[jax.Device], steps_per_call: int,
-                 memory_limit: int | None, ended):
+                 memory_limit: int | None, ended, halving: rules.Halving | None, early_stop: rules.EarlyStop | None):
         self.home, self.console, self.devices, self.device = home, console, devices, devices[0]
         self.mesh = arrays.make_mesh(devices)
         self.settings = dict(steps_per_call=steps_per_call, memory_limit=memory_limit)
         self.stop, self.ended = context.Stop(), ended
+        self.halving, self.early_stop = halving, early_stop
         self.live: dict[str, _Live] = {}
         self.results: dict[str, Result] = {}
         self._contexts: dict[str, context.Context] = {}
@@ -146,6 +159,9 @@ class _Engine:
             train_lib.claim(folder, plain)
             if (done := folder / "result.json").exists():
                 self.settle(one.name, Result(json.loads(done.read_text(encoding="utf-8"))))
+                return
+            if (gone := presence.read_json(folder / DROPPED)) is not None:
+                self.settle(one.name, Result(None, dropped=gone))
                 return
             _refuse(config)
             ctx = self._context(config, plain, folder)
@@ -285,15 +301,19 @@ class _Engine:
     def _train(self, position: int, waiting: list[_Live]) -> None:
         """Trains the stage number `position` of members, by groups that share a program."""
         groups: dict[Any, list[tuple[_Live, stage_setup.Setup]]] = defaultdict(list)
-        for live in waiting:
+        decided = self._decided(waiting, position)
+        for live in (live for live in waiting if live.name in self.live):
             with self.alone(live.name):
-                setup = self._setup(live, live.stages[position])
-                mark = structure.signature(live.plain, live.stages[position]), training.key_of(setup)
+                name = live.stages[position]
+                setup = self._setup(live, name)
+                ranked = rules.applies(self.halving, name, live.plain) and live.name not in decided
+                mark = structure.signature(live.plain, name), training.key_of(setup), ranked, rules.applies(
+                    self.early_stop, name, live.plain)
                 groups[mark].append((live, setup))
         # Later stages start elsewhere; what members hold together is held by their setups until they are trained.
         self._starts.clear()
         self._sums.clear()
-        for group in groups.values():
+        for (*_, ranked, watched), group in groups.items():
             names = sorted({live.stages[position] for live, _ in group})
             self.console.rule(f"[bold]{', '.join(names)}[/] (train, {len(group)} members in one program)", align="left")
             began = time.monotonic()
@@ -304,8 +324,10 @@ class _Engine:
             try:
                 with memory.explained(lambda told=told: told):
                     out = training.train([setup for _, setup in group], folder, console=self.console, stop=self.stop,
-                                         mesh=self.mesh, **self.settings)
-            except (ConfigError, DataError) as error:
+                                         mesh=self.mesh, halving=self.halving if ranked else None,
+                                         early_stop=self.early_stop if watched else None,
+                                         units=[_seedless(live.plain) for live, _ in group], **self.settings)
+            except (ConfigError, DataError, memory.OutOfMemory) as error:
                 for live, _ in group:
                     self.settle(live.name, Result(None, str(error)))
                 continue
@@ -314,16 +336,47 @@ class _Engine:
                      "population": {"members": len(group), "seconds": seconds}}
             # All parameters before the first sign that a member is done: what is interrupted here goes on from the
             # group's last checkpoint, with the same group.
-            results = [None if outcome.error else stage_setup.finish(
+            results = [None if outcome.params is None else stage_setup.finish(
                 setup, outcome.params, evaluated=outcome.evaluated, compilations=outcome.compilations, drawn=False)
                 for (_, setup), outcome in zip(group, out, strict=True)]
+            if ranked:
+                self._decide(folder, {live.name: o.dropped for (live, _), o in zip(group, out, strict=True)})
             for (live, setup), outcome, result in zip(group, out, results, strict=True):
                 if outcome.error:
                     checkpoint.write_json(setup.folder / _FAILED, {"error": outcome.error})
                     self.settle(live.name, Result(None, outcome.error))
+                elif outcome.dropped:
+                    self._drop(live, outcome.dropped)
                 else:
-                    self._write(live, setup.name, result | share)
+                    stopped = {"stopped_at": outcome.stopped} if outcome.stopped else {}
+                    self._write(live, setup.name, result | share | stopped)
             shutil.rmtree(folder, ignore_errors=True)  # every member has its own parameters now
+
+    def _decide(self, group: pathlib.Path, dropped: Mapping[str, Any]) -> None:
+        """Writes down, at once for a whole group, whom its rungs dropped: if this invocation ends before the members'
+        folders say so, those that are left must not be ranked among themselves."""
+        checkpoint.write_json(self.home / f"{_RANKED}{group.name}.json", dropped)
+
+    def _decided(self, waiting: Sequence[_Live], position: int) -> set[str]:
+        """Names of the members whose group went through its rungs in an earlier invocation; drops whom it dropped."""
+        known: dict[str, Any] = {}
+        for place in sorted(self.home.glob(f"{_RANKED}*.json")):
+            known |= json.loads(place.read_text(encoding="utf-8"))
+            shutil.rmtree(self.home / place.stem.removeprefix(_RANKED), ignore_errors=True)
+        here = [live for live in waiting if live.name in known and rules.applies(
+            self.halving, live.stages[position], live.plain)]
+        for live in here:
+            if known[live.name]:
+                self._drop(live, known[live.name])
+        return {live.name for live in here}
+
+    def _drop(self, live: _Live, record: Mapping[str, Any]) -> None:
+        """Notes that a member was dropped, with its last numbers."""
+        text = (f"update {record['step']} of {record['stage']}: by {record['metric']} its settings were number "
+                f"{record['place']} of {record['settings']}, of which {record['kept']} went on")
+        told = dict(record) | {"reason": text}
+        checkpoint.write_json(live.ctx.workdir / DROPPED, told)
+        self.settle(live.name, Result(None, dropped=told))
 
     def _setup(self, live: _Live, name: str) -> stage_setup.Setup:
         """The member's stage; parameters, records and reference sums that members have in common are held once."""
@@ -378,9 +431,6 @@ def _refuse(config: ConfigDict) -> None:
         if config[name].diagnostics:
             raise ConfigError(f"config.{name}.diagnostics={tuple(config[name].diagnostics)}: they look at one model "
                               "at a time; allowed: (), or members that run as processes of their own")
-        if config[name].kind == "train" and config[name].diagnostics:
-            raise ConfigError(f"config.{name}.diagnostics={tuple(config[name].diagnostics)!r}: a population does not "
-                              "look inside its members; allowed: (), or members that run as processes of their own")
 
 
 def _begins(plain: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
@@ -388,6 +438,11 @@ def _begins(plain: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     count = len(known["stages"])
     return plain["stages"][:count] == known["stages"] and all(
         plain.get(key) == value for key, value in known.items() if key != "stages")
+
+
+def _seedless(plain: Mapping[str, Any]) -> str:
+    """What is equal for members that differ in the seed only."""
+    return json.dumps({key: value for key, value in plain.items() if key != "seed"}, sort_keys=True)
 
 
 def _short(value: Any) -> str:

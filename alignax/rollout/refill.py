@@ -20,6 +20,7 @@ from alignax.rollout.sampler import (
     Inputs,
     Plan,
     Samples,
+    apart,
     empty,
     in_prompt,
     prefill,
@@ -110,7 +111,7 @@ def _sample(plan: Plan, inputs: Inputs, lanes: _Lanes, prompts: _Prompts, hidden
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(plan: Plan, size: int, inputs: Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> Samples:
     (batch, width), vocab, new = prompts.shape, plan.config.vocab_size, plan.max_new_tokens
-    total = batch * plan.num_samples
+    total, inputs = batch * plan.num_samples, apart(plan, inputs)
     penalised = inputs.rules.repetition_penalty is not None
     counted = inputs.rules.presence_penalty is not None or inputs.rules.frequency_penalty is not None
     hidden, cache = jax.lax.map(lambda one: jax.tree.map(lambda a: a[0], prefill(plan, inputs, one[0][None],

@@ -125,6 +125,14 @@ def _pin(plan: Plan, tree):
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, along(leaf)), tree)
 
 
+def apart(plan: Plan, inputs: Inputs) -> Inputs:
+    """Inputs with the layers apart where the backend would copy each out of the stack at every step: CPUs, on which a
+    step of few rows waits for memory. Elsewhere a second copy of the weights would cost more than it saves."""
+    if jax.default_backend() != "cpu":
+        return inputs
+    return inputs._replace(params=models.layers_apart(plan.config, inputs.params))
+
+
 def row_keys(seed_key, prompt_ids, count: int):
     """A key for each of `count` samples of every prompt, [B * count], rows b * count + k."""
     per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(seed_key, prompt_ids)
@@ -231,6 +239,8 @@ def _more(plan: Plan, inputs: Inputs, state: _State, until) -> _State:
     """Samples on until slot `until` is reached or every row has ended."""
     width = state.key_valid.shape[1] - plan.max_new_tokens
 
+    inputs = apart(plan, inputs)
+
     def advance(state: _State) -> _State:
         # Finished rows decode padding beside the others; nothing they compute is recorded.
         last = state.step - 1
@@ -248,6 +258,7 @@ def shaped(plan: Plan, out: Samples) -> Samples:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(plan: Plan, inputs: Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> Samples:
+    inputs = apart(plan, inputs)
     state = _first(plan, inputs, prompts, prompt_mask, prompt_ids, seed_key)
     return shaped(plan, _more(plan, inputs, state, plan.max_new_tokens).out)
 

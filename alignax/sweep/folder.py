@@ -3,11 +3,13 @@
     sweep.json        the plan: every member with its factors, its command line and its resolved config
     members/NAME/     one run each, as `alignax train` leaves it
     status.json       attempts and reasons of members that failed
+    members/NAME/dropped.json   in place of a result: where and why a population dropped the member
     results.jsonl     one line per member (and results.parquet)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,10 +23,16 @@ PLAN, STATUS, MEMBERS, LOGS = "sweep.json", "status.json", "members", "logs"
 _SHOWN = 8
 
 
-def plan_of(members: Sequence[Member], base: str) -> dict[str, Any]:
-    """What sweep.json holds; base: whether members of different seeds share their first stages (shared, own)."""
+def plan_of(members: Sequence[Member], base: str, rules: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What sweep.json holds. base: whether members of different seeds share their first stages (shared, own); rules:
+    what decides which members train on, by name (halving, early_stop), where something does."""
     order = dict.fromkeys(key for member in members for key in member.factors)  # JSON objects come back sorted
-    return {"base": base, "factors": list(order), "members": [member.record() for member in members]}
+    return {"base": base, "factors": list(order), "members": [member.record() for member in members],
+            "rules": {name: _plain(rule) for name, rule in (rules or {}).items() if rule is not None}}
+
+
+def _plain(rule: Any) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(rule).items()}
 
 
 def claim(folder: pathlib.Path, plan: Mapping[str, Any]) -> bool:
@@ -43,6 +51,9 @@ def claim(folder: pathlib.Path, plan: Mapping[str, Any]) -> bool:
     old = json.loads(stored.read_text(encoding="utf-8"))
     lines = [f"first stages of members of different seeds (--base): stored {old['base']}, given {plan['base']}"] * (
         old["base"] != plan["base"])
+    one, two = (configs.flat(side.get("rules", {})) for side in (old, plan))
+    lines += [f"{key}: stored {one.get(key, 'absent')!r}, given {two.get(key, 'absent')!r}"
+              for key in sorted(one.keys() | two.keys()) if one.get(key, "absent") != two.get(key, "absent")]
     lines += _differences(old["members"], json.loads(json.dumps(plan))["members"])
     if lines:
         more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
@@ -72,6 +83,18 @@ def _differences(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]:
 def finished(folder: pathlib.Path, name: str) -> bool:
     """Whether a member has its result."""
     return (folder / MEMBERS / name / "result.json").exists()
+
+
+def dropped(folder: pathlib.Path, name: str) -> Mapping[str, Any] | None:
+    """Where and why a population dropped a member that has no result; None where it did not."""
+    from alignax import population  # config files import this package for its algebra only
+
+    return None if finished(folder, name) else presence.read_json(folder / MEMBERS / name / population.DROPPED)
+
+
+def left(folder: pathlib.Path, members: Sequence[Any]) -> list[Any]:
+    """The members that neither have a result nor were dropped."""
+    return [m for m in members if not finished(folder, m.name) and not dropped(folder, m.name)]
 
 
 class Progress:

@@ -9,17 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignax import checkpoint, metrics, presence
-from alignax.sweep.folder import MEMBERS, PLAN, STATUS
+from alignax.sweep.folder import MEMBERS, PLAN, STATUS, dropped
 from alignax.types import ConfigError
 
 _LEFT_OUT = ("seconds", "fingerprint", "compilations")
 
 
 def gather(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """A row per member, in the plan's order: member, state (finished, failed, pending), reason, factors, metrics.
+    """A row per member, in the plan's order: member, state, reason, factors, metrics.
 
-    metrics: every number of result.json by a dotted name: the headline's (`win_rate`), a train stage's
-    (`STAGE.eval.loss`), and an evaluation's (`STAGE.POLICY.win_rate`).
+    state: finished, failed, pending, or dropped at a rung. metrics: every number of result.json by a dotted name: the
+    headline's (`win_rate`), a train stage's (`STAGE.eval.loss`), and an evaluation's (`STAGE.POLICY.win_rate`); of a
+    dropped member those of its last evaluation, which are no result.
     """
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     status = presence.read_json(folder / STATUS) or {}
@@ -28,8 +29,12 @@ def gather(folder: pathlib.Path) -> list[dict[str, Any]]:
         name = member["name"]
         result = presence.read_json(folder / MEMBERS / name / "result.json")
         failed = status.get(name)
-        state = "finished" if result is not None else "failed" if failed else "pending"
-        rows.append({"member": name, "state": state, "reason": failed["reason"] if state == "failed" else "",
+        gone = dropped(folder, name)
+        state = "finished" if result is not None else "dropped" if gone else "failed" if failed else "pending"
+        reason = gone["reason"] if state == "dropped" else failed["reason"] if state == "failed" else ""
+        if state == "dropped":
+            result = {"stages": {gone["stage"]: {"steps": gone["step"], "eval": gone["evaluated"]}}}
+        rows.append({"member": name, "state": state, "reason": reason,
                      "factors": {k: member["factors"][k] for k in plan["factors"] if k in member["factors"]},
                      "metrics": dict(_numbers(result)) if result else {}})
     return rows

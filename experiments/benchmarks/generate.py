@@ -44,7 +44,7 @@ from alignax import models
 from alignax.types import DataError
 
 OURS = "alignax"
-_BATCHES = 4  # of prompts, in the skewed case
+_BATCHES = 2  # of prompts, in the skewed case
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

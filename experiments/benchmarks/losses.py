@@ -29,7 +29,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     out = parser(__doc__, "losses", peers=False)
     out.add_argument("--losses", default="", help="comma-separated, dpo always first (default: all of the kind)")
-    out.add_argument("--rounds", type=int, default=30, help="updates of each loss (default 30)")
+    out.add_argument("--rounds", type=int, default=12, help="updates of each loss (default 12)")
     out.add_argument("--pairs", type=int, default=8, help="pairs of an update (default 8)")
     out.add_argument("--length", type=int, default=128, help="tokens of prompt and completion together (default 128)")
     args = out.parse_args(argv)

@@ -57,7 +57,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def setup_of(args: argparse.Namespace, shape: Shape, loss: losses.Loss) -> program.Setup:
     """The train stage of a loss with the heads that it asks for, as shapes."""
-    spec = step.ModelSpec(shape.decoder(), remat=args.remat, byte_budget=int(args.megabytes * 1e6))
+    config = shape.decoder()
+    spec = step.ModelSpec(config, remat=args.remat, byte_budget=int(args.megabytes * 1e6),
+                          attention=models.choose_attention("auto", config, "float32", jax.default_backend()))
     second = any(REQUESTS[name].references for name in loss.requests)
     setup = program.make_setup(spec, loss, optim.make(clip_norm=1.0), reference="frozen" if second else "none")
     heads = jax.eval_shape(lambda: models.init_heads(loss.requests, shape.width, shape.vocab, jax.random.key(0)))
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
         rows.append([", ".join(group), megabytes(one[low]["working"]), megabytes(one[high]["working"]),
                      f"{growth(one):.2f}", f"{peak(one):.2f}"])
     by_vocab: dict[str, dict[int, Any]] = {}
-    for remat in ("none",) if args.quick else ("none", "full"):
+    for remat in ("none",) if args.quick else ("none", "dots", "full"):
         again = argparse.Namespace(**vars(args) | {"remat": remat})
         with console.status(f"compiling the plain step, remat {remat}"):
             by_vocab[remat] = {vocab: {"ours": measured(again, base, "dpo", vocab),

@@ -235,7 +235,7 @@ def main() -> None:
                         2 if arguments.quick else 8),
              "toys": (toy_case, torch_toy_time, (2, 8) if arguments.quick else (1, 4, 16, 64, 256),
                       20 if arguments.quick else 200)}
-    repeats, results = 1 if arguments.quick else 3, {"cores": cores}
+    repeats, results = 1 if arguments.quick else 3, {"cores": cores, "quick": arguments.quick}
     for name, (case, torch_time, counts, length) in plans.items():
         if arguments.only in (None, name):
             rows = jax_times(case(), counts, length=length, repeats=repeats)

@@ -131,7 +131,7 @@ class Sampling:
             parts.append(np.asarray(out.tokens))
         tokens = np.concatenate(parts)
         seconds, spent = time.perf_counter() - began, time.process_time() - spent
-        hit = np.isin(tokens, ends)
+        hit = np.isin(tokens, [*ends, 0]) if ends else np.zeros(tokens.shape, bool)  # padding stands for the end
         lengths = np.where(hit.any(1), hit.argmax(1) + 1, new)
         found = {"seconds": seconds, "cpu": spent, "tokens": int(lengths.sum()), "peak": peak_bytes()}
         return found | ({"ids": tokens.tolist()} if show else {})

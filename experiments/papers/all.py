@@ -2,9 +2,10 @@
 
     python -m experiments.papers.all [--only NAME ...] [--quick] [--out docs]
 
-Cost: about five minutes of two idle cores for all. `--only` runs a few and keeps the others' reports of the last run,
-which stand beside the figures in reports.json. `--quick` shrinks everything to a check that it runs; it refuses to
-write into docs/. Expected result: a section per paper with figure, published number, ours, seeds, verdict and why.
+Cost: about a quarter of an hour of two idle cores for all. `--only` runs a few and keeps the others' reports of the
+last run, which stand beside the figures in reports.json. `--quick` shrinks everything to a check that it runs; it
+refuses to write into docs/. Expected result: a section per paper with figure, published number, ours, seeds, verdict
+and why.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from rich.console import Console
 from alignax.launch import compilation_cache
 from experiments.papers import harness
 
-NAMES = ("three_d_properties", "squeezing", "gradient_field", "ipo_deterministic", "on_policy_bandit", "label_noise",
-         "mixed_quality", "dpo_shift", "h_dpo", "overoptimisation", "odpo", "reference_strength", "compare_losses",
-         "three_d_real")
+NAMES = ("three_d_properties", "three_d_losses", "squeezing", "gradient_field", "ipo_deterministic",
+         "on_policy_bandit", "label_noise", "mixed_quality", "dpo_shift", "h_dpo", "overoptimisation", "odpo",
+         "reference_strength", "compare_losses", "three_d_real", "gradient_entanglement", "likelihood_displacement",
+         "tdpo_kl", "simpo_length", "implicit_explicit", "variants_by_start")
 FOLDER = "reproductions"
 
 
