@@ -253,6 +253,7 @@ def _more(plan: Plan, inputs: Inputs, state: _State, until) -> _State:
 
 
 def shaped(plan: Plan, out: Samples) -> Samples:
+    """Rows [B * K, ...] as [B, K, ...]."""
     return Samples(*(a.reshape(-1, plan.num_samples, *a.shape[1:]) for a in out))
 
 
