@@ -309,7 +309,7 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
             last_shown += f"  {mean['steps_per_second']:.1f} steps/s  {mean['tokens_per_second']:.0f} tokens/s"
             bar.update(task, numbers=last_shown)
 
-    number, batch = at, None
+    number, batch, compiled = at, None, 0
     shortage = lambda: (f"{name}: step {number}", *_memory(ctx, stage, name, batch, state, ref))
     with metrics_lib.progress(ctx.console) as bar, memory.explained(shortage):
         task = bar.add_task(name, total=total, completed=at, numbers="")
@@ -334,8 +334,10 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
                 writer.write(number, watching.look(state, hyper, key_of(2**31), told), split="diagnostics")
             bar.advance(task)
             shapes[_shape(batch)] = None
-            if update._cache_size() > stage.compile_budget:
-                raise ConfigError(f"{name}: the step was compiled {update._cache_size()} times, over "
+            # The most that were seen: JAX forgets programs of its own accord in processes that make thousands.
+            compiled = max(compiled, update._cache_size())
+            if compiled > stage.compile_budget:
+                raise ConfigError(f"{name}: the step was compiled {compiled} times, over "
                                   f"config.{name}.compile_budget={stage.compile_budget}, at step {number}; shapes seen "
                                   f"(rows x columns, slots): {'; '.join(shapes)}. Use shapes='global', a larger "
                                   "bucket_multiple or a larger compile_budget")
@@ -354,7 +356,7 @@ def _train(ctx: context.Context, name: str, stage: ConfigDict, previous: str, pr
                 raise context.Preempted(f"stopped at step {number} of {total} in {name}; run the same command again")
     saved.close()
     writer.close()
-    result = stage_setup.finish(setup, state.params, evaluated=best, compilations=update._cache_size())
+    result = stage_setup.finish(setup, state.params, evaluated=best, compilations=compiled)
     ctx.console.print(f"{name}: {total} steps  {last_shown}")
     return result
 

@@ -6,8 +6,8 @@ Stages: sample 64 new tokens from the model itself on story openings -> score (p
 small lexicon) -> Bradley-Terry labelled pairs -> DPO at several strengths -> evaluate on held-out openings.
 
 Cost: under 3 minutes on two CPU cores with a 260-thousand-parameter model. Expected with it: reward from about 0.5
-to at least 3 and win rate >= 0.9 at mean sequence KL <= 10 nats for one of the first two strengths. Over seeds the KL of
-one strength moves by about 15%.
+to at least 3 and win rate >= 0.9 at mean sequence KL <= 10 nats for one of the first two strengths. Over seeds the KL
+of one strength moves by about 15%.
 """
 
 from alignax import configs

@@ -286,8 +286,10 @@ def test_precomputed_reference_equals_frozen(finished):
     frozen, _ = finished()
     cached, _ = finished(reference="precomputed")
     assert_close_rows(rows(cached), rows(frozen), 1e-4)
-    kept = [{k: v for k, v in r.items() if k != "kl_at_data_prefixes"} for r in rows(frozen, "eval")]
-    assert_close_rows(rows(cached, "eval"), kept, 1e-4)
+    # Before the first update every margin is 0 but for rounding, and accuracy counts the signs of that.
+    kept = lambda folder: [{k: v for k, v in r.items() if k != "kl_at_data_prefixes" and (k, r["step"]) != (
+        "accuracy", 0)} for r in rows(folder, "eval")]
+    assert_close_rows(kept(cached), kept(frozen), 1e-4)
 
 
 def test_stale_precomputed_reference_is_refused(pairs, tmp_path, monkeypatch):
