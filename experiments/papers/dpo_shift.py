@@ -14,8 +14,8 @@ Command: python -m experiments.papers.dpo_shift
 Small models: the trade-off of likelihood and margin is in the loss and shows; how much accuracy it costs depends on how
 hard the ranking is.
 
-At scale: `alignax train experiments/dpo.py:loss=dpo_shift --config.loss.shift=0.75` and 0.95 beside DPO. Prediction:
-the chosen log-prob is ordered by falling f at every checkpoint, the margin by rising f.
+At scale: `alignax train --config experiments/dpo.py:loss=dpo_shift --config.loss.shift=0.75` and 0.95 beside DPO.
+Prediction: the chosen log-prob is ordered by falling f at every checkpoint, the margin by rising f.
 """
 
 from __future__ import annotations

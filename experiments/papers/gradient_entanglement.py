@@ -11,7 +11,8 @@ gradients are negatively correlated and more shared suffix makes them positively
 Here: reviews of six words and a question, completions "good" or "bad" alone, with one and with six shared words that
 the model has not seen; a decoder of the library (2 layers, width 32) trained on labelled reviews; 48 pairs. Signs
 after one small step on one pair in float64, under DPO, CPO, SimPO and SLiC-HF; then 60 updates of DPO by Adam 1e-4 on
-all pairs. 4 seeds.
+all pairs. 4 seeds. Settings that changed after a first look: the suffix's words (they had been seen in training), the
+learning rate (3e-4), and the small step (1e-6, where 99.8% of the signs agreed; it is 1e-9 now).
 
 Command: python -m experiments.papers.gradient_entanglement
 
@@ -20,9 +21,9 @@ towards each other shows. The conditions are those of one plain gradient step on
 two sides part here whatever the suffix, so that their synchronous moves in the paper's curves are not reproduced. How
 entangled real pairs are depends on the model and the data.
 
-At scale: `alignax train experiments/dpo.py:loss=dpo` with the diagnostic `entanglement`, on pairs that differ in a few
-words and on pairs that share none. Prediction: a larger mean condition_ratio on the former, and chosen and rejected
-log-probs that move the same way in more than half of the intervals there.
+At scale: `alignax train --config experiments/dpo.py:loss=dpo` with the diagnostic `entanglement`, on pairs that differ
+in a few words and on pairs that share none. Prediction: a larger mean condition_ratio on the former, and chosen and
+rejected log-probs that move the same way in more than half of the intervals there.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ Command: python -m experiments.papers.h_dpo
 
 Small models: the optimum and its entropy are exact; whether lower entropy helps a benchmark is not seen here.
 
-At scale: `alignax train experiments/dpo.py:loss=h_dpo --config.loss.alpha=0.9` and 1.0 and 1.1 on the same pairs.
-Prediction: the entropy of samples rises with alpha at every checkpoint.
+At scale: `alignax train --config experiments/dpo.py:loss=h_dpo --config.loss.alpha=0.9` and 1.0 and 1.1 on the same
+pairs. Prediction: the entropy of samples rises with alpha at every checkpoint.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Here: a decoder of the library (2 layers, width 32) fitted to made-up reviews in
 blame, are used alike; 192 pairs of reviews whose polar words are half of each kind, the one with more praise chosen.
 DPO (beta 0.1), and Bradley-Terry with a scalar head on the last state; Adam 5e-4, 120 updates of 32 pairs. Test sets of
 1,000 pairs: as trained; polar words that no pair had; half as many of the old; prompts of the opposite mood; longer
-completions; completions of the start itself. 8 seeds.
+completions; completions of the start itself. 8 seeds; there were 4 at first, and 4 were added after a look at those.
 
 Command: python -m experiments.papers.implicit_explicit
 
@@ -18,9 +18,9 @@ Small models: whether each reward carries over to words that the pairs did not h
 that knows them. The gold score is a sum over words, the form that the implicit reward has by itself and a head on the
 last state has to learn; quality in a real text is no such sum.
 
-At scale: `alignax train experiments/dpo.py:loss=dpo` and `experiments/methods/bt_rm.py` from one SFT model on one set,
-then `alignax evaluate` of both on pairs of another source. Prediction: equal within 1 point on held-out pairs, the
-explicit reward ahead by 1 to 7 points on the other source.
+At scale: `alignax train --config experiments/dpo.py:loss=dpo` and `experiments/methods/bt_rm.py` from one SFT model on
+one set, then `alignax evaluate` of both on pairs of another source. Prediction: equal within 1 point on held-out pairs,
+the explicit reward ahead by 1 to 7 points on the other source.
 """
 
 from __future__ import annotations

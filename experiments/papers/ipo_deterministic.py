@@ -16,8 +16,8 @@ Command: python -m experiments.papers.ipo_deterministic
 Small models: the statement is about the losses' optima, so the table is the full test. A language model's early
 stopping hides DPO's missing optimum.
 
-At scale: `alignax train experiments/dpo.py:loss=ipo` and `loss=dpo` for many epochs on a small set. Prediction: the
-margin of DPO keeps growing with the logarithm of the steps, that of IPO settles at 1/(2 tau).
+At scale: `alignax train --config experiments/dpo.py:loss=ipo` and `loss=dpo` for many epochs on a small set.
+Prediction: the margin of DPO keeps growing with the logarithm of the steps, that of IPO settles at 1/(2 tau).
 """
 
 from __future__ import annotations

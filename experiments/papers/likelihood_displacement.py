@@ -25,8 +25,8 @@ filtering by it mitigates the displacement of a set is not reproduced, in any of
 answers are built into the data; in a language model they come from its text, and its size decides how far No falls.
 
 At scale: `alignax score PAIRS --model MODEL --by ches --keep lowest:0.05 --out LOW` and `--keep highest:0.05`, then
-`alignax train experiments/dpo.py:loss=dpo` on each. Prediction: the chosen log-prob falls more with the latter, at
-equal updates.
+`alignax train --config experiments/dpo.py:loss=dpo` on each. Prediction: the chosen log-prob falls more with the
+latter, at equal updates.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ that of the language (-0.75 at the start, as END is the least likely token of a 
 pairs that the ablation ranks wrong are those with a longer winner: its push does not outweigh that a sum of log-probs
 favours the shorter.
 
-At scale: `alignax train experiments/dpo.py:loss=simpo` and `loss=cpo --config.loss.lam=0` (no normalisation) with the
-diagnostic of length correlation. Prediction: mean length of samples grows only with the latter.
+At scale: `alignax train --config experiments/dpo.py:loss=simpo` and `loss=cpo --config.loss.lam=0` (no normalisation)
+with the diagnostic of length correlation. Prediction: mean length of samples grows only with the latter.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ Small models: which KL each loss lets grow is in its gradient and shows. Other t
 under TDPO1, which rewards a KL on the chosen, and the frontiers coincide until TDPO2 stops gaining; 256 pairs seen 25
 times are a harder case of over-fitting than the paper's. How much reward a KL buys is the language's.
 
-At scale: `alignax train experiments/dpo.py:loss=tdpo` and `loss=dpo` at one beta and learning rate. Prediction:
-KL at the data's prefixes of the rejected ends lower with tdpo, by more than that of the chosen, at equal updates.
+At scale: `alignax train --config experiments/dpo.py:loss=tdpo` and `loss=dpo` at one beta and learning rate.
+Prediction: KL at the data's prefixes of the rejected ends lower with tdpo, by more than that of the chosen, at equal
+updates.
 """
 
 from __future__ import annotations

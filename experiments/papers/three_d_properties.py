@@ -19,9 +19,9 @@ Command: python -m experiments.papers.three_d_properties
 Small models: the table shows the mechanism and the identities exactly; the paper's order of the starts by benchmark
 score needs real models.
 
-At scale: train DPO, Flex-DPO and SFT-DPO on on-policy and on off-policy pairs of one prompt set
-(`alignax train experiments/dpo.py:loss=flex_dpo`). Prediction: the rejected log-prob falls faster off-policy, and the
-final chosen log-prob is higher with either remedy than with DPO.
+At scale: train DPO, Flex-DPO and SFT-DPO on on-policy and on off-policy pairs of one prompt set (`alignax train
+--config experiments/dpo.py:loss=flex_dpo`). Prediction: the rejected log-prob falls faster off-policy, and the final
+chosen log-prob is higher with either remedy than with DPO.
 """
 
 from __future__ import annotations

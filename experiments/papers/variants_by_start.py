@@ -20,9 +20,9 @@ Command: python -m experiments.papers.variants_by_start
 Small models: which method can teach a format that the start lacks. Benchmarks, knowledge and the ranking by task are
 out of reach, and the methods' strengths are defaults, not tuned.
 
-At scale: `alignax train experiments/dpo.py:loss=dpo`, `ipo`, `kto` and `cpo` from a base and from an SFT model, with
-1,000 to all pairs. Prediction: from the base model CPO and KTO come within a tenth of their score with SFT, DPO and
-IPO stay behind.
+At scale: `alignax train --config experiments/dpo.py:loss=dpo`, `ipo`, `kto` and `cpo` from a base and from an SFT
+model, with 1,000 to all pairs. Prediction: from the base model CPO and KTO come within a tenth of their score with SFT,
+DPO and IPO stay behind.
 """
 
 from __future__ import annotations
