@@ -17,10 +17,12 @@ from alignax import models
 from alignax.rollout import checks
 from alignax.rollout.sampler import (
     CUT,
+    History,
     Inputs,
     Plan,
     Samples,
     apart,
+    before,
     empty,
     in_prompt,
     prefill,
@@ -56,9 +58,7 @@ class _Lanes(NamedTuple):
     key_valid: Array
     cache: list[models.LayerCache]
     out: Samples
-    seen: Array | None
-    counts: Array | None
-    stop: Array | None
+    history: History
 
 
 def _load(plan: Plan, lanes: _Lanes, prompts: _Prompts, hidden) -> tuple[_Lanes, Array]:
@@ -84,8 +84,8 @@ def _load(plan: Plan, lanes: _Lanes, prompts: _Prompts, hidden) -> tuple[_Lanes,
     lanes = lanes._replace(
         row=row, step=pick(0, lanes.step), waiting=lanes.waiting + jnp.sum(fresh, dtype=jnp.int32),
         lengths=pick(jnp.sum(mask, axis=1, dtype=jnp.int32), lanes.lengths), key_valid=pick(valid, lanes.key_valid),
-        cache=cache, seen=None if lanes.seen is None else pick(prompts.seen[prompt], lanes.seen),
-        counts=pick(0, lanes.counts), stop=pick(0, lanes.stop))
+        cache=cache, history=History(None if prompts.seen is None else pick(prompts.seen[prompt], lanes.history.seen),
+                                     pick(0, lanes.history.counts), pick(0, lanes.history.stop)))
     return lanes, pick(prompts.hidden[prompt], hidden)
 
 
@@ -96,8 +96,7 @@ def _sample(plan: Plan, inputs: Inputs, lanes: _Lanes, prompts: _Prompts, hidden
     rules = inputs.rules
     if rules.temperature is not None and jnp.ndim(rules.temperature) == 1:
         rules = dataclasses.replace(rules, temperature=rules.temperature[own // plan.num_samples][:, None])
-    drawn, why, seen, counts, stop = slot(plan, inputs, rules, prompts.keys[own], lanes.step, hidden, live, lanes.seen,
-                                          lanes.counts, lanes.stop)
+    drawn, why, history = slot(plan, inputs, rules, prompts.keys[own], lanes.step, hidden, live, lanes.history)
     # Row M of lanes without a completion is outside: what they drew is dropped.
     write = lambda table, column: table.at[lanes.row, lanes.step].set(column.astype(table.dtype), mode="drop")
     stats = (write(table, column) for table, column in zip(out[2:5], drawn[1:], strict=True))
@@ -105,26 +104,24 @@ def _sample(plan: Plan, inputs: Inputs, lanes: _Lanes, prompts: _Prompts, hidden
                   out.reason.at[lanes.row].set(why, mode="drop"))
     done = (why != CUT) | (lanes.step + 1 == plan.max_new_tokens)
     return lanes._replace(row=jnp.where(live & done, total, lanes.row), step=lanes.step + 1, token=drawn[0], out=out,
-                          seen=seen, counts=counts, stop=stop)
+                          history=history)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(plan: Plan, size: int, inputs: Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> Samples:
-    (batch, width), vocab, new = prompts.shape, plan.config.vocab_size, plan.max_new_tokens
+    (batch, width), new = prompts.shape, plan.max_new_tokens
     total, inputs = batch * plan.num_samples, apart(plan, inputs)
-    penalised = inputs.rules.repetition_penalty is not None
-    counted = inputs.rules.presence_penalty is not None or inputs.rules.frequency_penalty is not None
     hidden, cache = jax.lax.map(lambda one: jax.tree.map(lambda a: a[0], prefill(plan, inputs, one[0][None],
                                                                                   one[1][None])),
                                 (prompts, prompt_mask), batch_size=min(size, batch))
-    ready = _Prompts(hidden, cache, prompt_mask, in_prompt(vocab, prompts, prompt_mask) if penalised else None,
-                     row_keys(seed_key, prompt_ids, plan.num_samples))
+    seen = in_prompt(plan, inputs, prompts, prompt_mask)
+    ready = _Prompts(hidden, cache, prompt_mask, seen, row_keys(seed_key, prompt_ids, plan.num_samples))
+    unseen = None if seen is None else jnp.zeros((size, plan.config.vocab_size), bool)
     lanes = _Lanes(
         jnp.full((size,), total, jnp.int32), jnp.zeros((size,), jnp.int32), jnp.zeros((size,), jnp.int32), jnp.int32(0),
         jnp.ones((size,), jnp.int32), jnp.ones((size, width + new), bool),
         models.init_cache(plan.config, size, width + new, inputs.params["embedding"].dtype), empty(plan, total),
-        jnp.zeros((size, vocab), bool) if penalised else None, jnp.zeros((size, vocab), jnp.int32) if counted else None,
-        None if inputs.stops is None else jnp.zeros((size,), jnp.int32))
+        before(plan, inputs, size, unseen))
 
     def advance(lanes: _Lanes) -> _Lanes:
         last = jnp.maximum(lanes.step - 1, 0)  # a lane that never had a completion has no last slot

@@ -73,9 +73,21 @@ class Inputs(NamedTuple):
     stops: Any
 
 
+class History(NamedTuple):
+    """What the draws of M rows depend on beside their states; what a program does not need is None.
+
+    seen: bool [M,V], the tokens of prompt and completion. counts: int32 [M,V], how often each was sampled. stop: int32
+    [M], the state of the table of stop strings.
+    """
+
+    seen: Array | None
+    counts: Array | None
+    stop: Array | None
+
+
 class _State(NamedTuple):
     """Between two steps, with M = B*K rows: slots before `step` are sampled, and the token at step - 1 is not in the
-    cache yet. What a program does not need is None."""
+    cache yet."""
 
     step: Array
     keys: Array
@@ -83,9 +95,7 @@ class _State(NamedTuple):
     key_valid: Array
     cache: list[models.LayerCache]
     out: Samples
-    seen: Array | None
-    counts: Array | None
-    stop: Array | None
+    history: History
 
 
 def _pick(table: Array, token: Array) -> Array:
@@ -150,10 +160,19 @@ def prefill(plan: Plan, inputs: Inputs, prompts, prompt_mask) -> tuple[Array, li
     return hidden[:, -1], cache
 
 
-def in_prompt(vocab_size: int, prompts, prompt_mask) -> Array:
-    """bool [B,V]: the tokens of each prompt."""
-    seen = jnp.zeros((prompts.shape[0], vocab_size), bool)
+def in_prompt(plan: Plan, inputs: Inputs, prompts, prompt_mask) -> Array | None:
+    """bool [B,V]: the tokens of each prompt; None where no rule asks for them."""
+    if inputs.rules.repetition_penalty is None:
+        return None
+    seen = jnp.zeros((prompts.shape[0], plan.config.vocab_size), bool)
     return seen.at[jnp.arange(prompts.shape[0])[:, None], prompts].max(prompt_mask)
+
+
+def before(plan: Plan, inputs: Inputs, rows: int, seen: Array | None) -> History:
+    """The history of rows of which nothing is sampled; seen: bool [M,V], see in_prompt."""
+    counted = inputs.rules.presence_penalty is not None or inputs.rules.frequency_penalty is not None
+    return History(seen, jnp.zeros((rows, plan.config.vocab_size), jnp.int32) if counted else None,
+                   None if inputs.stops is None else jnp.zeros((rows,), jnp.int32))
 
 
 def empty(plan: Plan, rows: int) -> Samples:
@@ -165,7 +184,7 @@ def empty(plan: Plan, rows: int) -> Samples:
 
 def _first(plan: Plan, inputs: Inputs, prompts, prompt_mask, prompt_ids, seed_key) -> _State:
     """Runs the prompts and samples slot 0."""
-    config, count, new = plan.config, plan.num_samples, plan.max_new_tokens
+    count, new = plan.num_samples, plan.max_new_tokens
     batch, width = prompts.shape
     rows = batch * count
     repeat = lambda a: jnp.repeat(a, count, axis=0)
@@ -177,26 +196,19 @@ def _first(plan: Plan, inputs: Inputs, prompts, prompt_mask, prompt_ids, seed_ke
     cache = models.extend_cache(cache, repeats=count, length=width + new)
     key_valid = jnp.concatenate([repeat(prompt_mask), jnp.ones((rows, new), bool)], axis=1)
 
-    out = empty(plan, rows)
-    seen = counts = stop = None
-    if inputs.rules.repetition_penalty is not None:
-        seen = repeat(in_prompt(config.vocab_size, prompts, prompt_mask))
-    if inputs.rules.presence_penalty is not None or inputs.rules.frequency_penalty is not None:
-        counts = jnp.zeros((rows, config.vocab_size), jnp.int32)
-    if inputs.stops is not None:
-        stop = jnp.zeros((rows,), jnp.int32)
-    state = _State(jnp.int32(0), keys, repeat(jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)), key_valid, cache, out,
-                   seen, counts, stop)
+    seen = jax.tree.map(repeat, in_prompt(plan, inputs, prompts, prompt_mask))
+    state = _State(jnp.int32(0), keys, repeat(jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)), key_valid, cache,
+                   empty(plan, rows), before(plan, inputs, rows, seen))
     return _sample(plan, inputs, state, repeat(hidden))
 
 
-def slot(plan: Plan, inputs: Inputs, rules: decoding.Rules, keys, step, hidden, live, seen, counts, stop):
+def slot(plan: Plan, inputs: Inputs, rules: decoding.Rules, keys, step, hidden, live, history: History):
     """Draws one slot of every row from its hidden state [M,D]: ((token, logp, behaviour_logp, kept_mass) [M] each, with
-    what fills a row that is not `live`; why it ends int8 [M]; seen, counts, stop after it).
+    what fills a row that is not `live`; why it ends int8 [M]; the history after it).
 
     step: the slot, a number or int32 [M]; keys [M], one per row; rules: with a temperature [M,1] where it has one.
     """
-    rows = hidden.shape[0]
+    rows, (seen, counts, stop) = hidden.shape[0], history
     token, *stats = _draw(jax.vmap(jax.random.fold_in, (0, 0 if jnp.ndim(step) else None))(keys, step),
                           models.logits(plan.config, inputs.params, hidden), rules, seen=seen, counts=counts,
                           eos_ids=plan.eos_ids,
@@ -215,8 +227,8 @@ def slot(plan: Plan, inputs: Inputs, rules: decoding.Rules, keys, step, hidden, 
     why = jnp.where(ends, jnp.int8(ENDED), why)
     filled = tuple(jnp.where(live, new, jnp.asarray(old, new.dtype))
                    for new, old in zip((token, *stats), (plan.pad_id, 0.0, 0.0, 1.0), strict=True))
-    return (filled, why, None if seen is None else seen | drawn,
-            None if counts is None else counts + drawn.astype(jnp.int32), stop)
+    return filled, why, History(None if seen is None else seen | drawn,
+                                None if counts is None else counts + drawn.astype(jnp.int32), stop)
 
 
 def _sample(plan: Plan, inputs: Inputs, state: _State, hidden) -> _State:
@@ -226,13 +238,25 @@ def _sample(plan: Plan, inputs: Inputs, state: _State, hidden) -> _State:
         per_row = jnp.repeat(rules.temperature, plan.num_samples)[:, None]
         rules = dataclasses.replace(rules, temperature=per_row)
     live = out.reason == CUT
-    drawn, why, seen, counts, stop = slot(plan, inputs, rules, state.keys, step, hidden, live, state.seen,
-                                          state.counts, state.stop)
+    drawn, why, history = slot(plan, inputs, rules, state.keys, step, hidden, live, state.history)
     write = lambda table, column: table.at[:, step].set(column.astype(table.dtype))
     stats = (write(table, column) for table, column in zip(out[2:5], drawn[1:], strict=True))
     out = Samples(write(out.tokens, drawn[0]), write(out.mask, live), *stats, jnp.where(live, why, out.reason))
-    new = state._replace(step=step + 1, out=out, stop=stop, seen=seen, counts=counts)
+    new = state._replace(step=step + 1, out=out, history=history)
     return new._replace(**_pin(plan, {name: getattr(new, name) for name in _State._fields if name != "step"}))
+
+
+@jax.custom_batching.custom_vmap
+def _unfinished(reason: Array) -> Array:
+    """Whether any row goes on. Under vmap: any row of all that are mapped. With an answer for each, the loop would
+    choose between the old and the new of everything, caches included, at every step."""
+    return jnp.any(reason == CUT)
+
+
+@_unfinished.def_vmap
+def _(axis_size, in_batched, reason):
+    del axis_size, in_batched
+    return _unfinished(reason), False
 
 
 def _more(plan: Plan, inputs: Inputs, state: _State, until) -> _State:
@@ -249,7 +273,7 @@ def _more(plan: Plan, inputs: Inputs, state: _State, until) -> _State:
                                            state.cache, width + last, state.key_valid, adapters=inputs.adapters)
         return _sample(plan, inputs, state._replace(cache=cache), hidden[:, 0])
 
-    return jax.lax.while_loop(lambda state: (state.step < until) & jnp.any(state.out.reason == CUT), advance, state)
+    return jax.lax.while_loop(lambda state: (state.step < until) & _unfinished(state.out.reason), advance, state)
 
 
 def shaped(plan: Plan, out: Samples) -> Samples:
