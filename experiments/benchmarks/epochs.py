@@ -9,7 +9,8 @@ with the reference run in every update, ours and TRL's.
 hh: one epoch over pairs of HH-like lengths (log-normal, medians 90 and 35 tokens, log-spreads 1.0 and 0.95): ours
 packs, shares prompts and computes the reference once; TRL and Tunix run as they do by default, and TRL with its own
 precomputed reference. The cost of computing the reference is counted.
-prefix: a prompt that both completions share against rows of their own, prompt/completion 2048/64, 512/512, 64/512.
+prefix: a prompt that both completions share against rows of their own, prompt/completion 2048/64, 512/512, 64/512, with
+the model of dpo_step.py.
 
 Contenders go through the same parity gate as in dpo_step.py and run update by update in interleaved rounds, on the same
 batches in the same order. First updates (compilation) are not part of an epoch and are given beside it.
@@ -155,7 +156,7 @@ def hh(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def prefix(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Shared prefix against rows of their own."""
-    shape = TOY if args.quick else dataclasses.replace(SMALL, vocab=args.vocab)
+    shape = TOY if args.quick else Shape(vocab=args.vocab)
     cases = ((16, 4), (8, 8)) if args.quick else PREFIX
     shown, kept = [], {}
     for prompt, completion in cases:

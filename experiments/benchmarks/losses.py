@@ -1,15 +1,20 @@
-"""Time of an update with each loss against DPO, for the losses that see log-probs, lengths and reference log-probs.
+"""Time of an update with each loss against DPO, beside the model passes that the request table declares for it.
 
-    python experiments/benchmarks/losses.py [--quick]
+    python experiments/benchmarks/losses.py [--quick] [--losses simpo,kto]
 
-One small model, one batch; every loss gets the same arrays and has a program of its own. Rounds: in each, every loss
-runs one update, another one first each time. Ratios are medians of the rounds' own. A loss without a reference skips
-the reference's forward pass and is listed apart.
+One small model and one set of records; every loss has a program of its own. A loss is timed in turns with DPO, update
+by update, and its ratio is the median over these pairs. Two kinds of losses: those that see log-probs, lengths and
+log-probs of the reference only, which should cost what DPO costs (or less, without a reference); and the others, whose
+declared passes say what to expect: `expected` counts a backward pass as two forward passes, and the completions that
+the loss takes. The ratio of FLOPs is the compiler's own count, which no other job on the machine disturbs.
+
+Cost: about 12 minutes on two idle cores, most of it compiling.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import sys
 import time
@@ -21,6 +26,7 @@ from common import TOY, Shape, finish, machine, parser, quartiles, wide_console
 from rich.console import Console
 
 from alignax import data, losses, models, optim, step
+from alignax.types import REQUESTS, ConfigError, DataError, passes
 
 INPUTS = {"logps", "ref_logps", "lengths"}
 
@@ -28,74 +34,120 @@ INPUTS = {"logps", "ref_logps", "lengths"}
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     out = parser(__doc__, "losses", peers=False)
-    out.add_argument("--losses", default="", help="comma-separated, dpo always first (default: all of the kind)")
-    out.add_argument("--rounds", type=int, default=12, help="updates of each loss (default 12)")
-    out.add_argument("--pairs", type=int, default=8, help="pairs of an update (default 8)")
+    out.add_argument("--losses", default="", help="comma-separated (default: every loss whose batch can be made)")
+    out.add_argument("--rounds", type=int, default=0, help="updates of each loss (default 16; 6 for the other kind)")
+    out.add_argument("--pairs", type=int, default=4, help="prompts of an update (default 4)")
     out.add_argument("--length", type=int, default=128, help="tokens of prompt and completion together (default 128)")
     args = out.parse_args(argv)
     if args.quick:
-        args.losses, args.rounds, args.pairs, args.length = "simpo", 3, 2, 16
+        args.losses, args.rounds, args.pairs, args.length = "simpo,kto,orpo", 3, 2, 16
     return args
 
 
 class Run:
-    """One loss's compiled update and its state."""
+    """One loss's compiled update, its batch and its state."""
 
-    def __init__(self, name: str, spec: step.ModelSpec, params, batch):
-        self.name, self.batch = name, batch
-        loss, optimizer = losses.get(name), optim.make(clip_norm=1.0)
-        self.reference = {"model": params} if "ref_logps" in loss.requests else None
-        start = jax.tree.map(jnp.copy, {"model": params})
-        self.state = step.TrainState(jnp.int32(0), start, optimizer.init(start), loss.init_state())
-        self.update = jax.jit(step.make_update(spec, loss, optimizer), donate_argnums=0)
+    def __init__(self, name: str, shape: Shape, params, pairs: int, half: int):
+        self.name, self.loss = name, losses.get(name)
+        self.completions = self.loss.info.completions or 2
+        self.plain = set(self.loss.requests) <= INPUTS and self.completions == 2
+        self.passes = passes(self.loss.requests)
+        draw, K = np.random.default_rng(0), self.completions
+        ids = lambda count=half: draw.integers(3, shape.vocab, count).tolist()
+        record = lambda i, more: data.token_record(f"r{i}", ids(), [ids() for _ in range(more)], eos_ids=(2,),
+                                                   scores=[1 - k / more for k in range(more)],
+                                                   labels=[float(k == 0) for k in range(more)], margin=1.0)
+        records = [record(i, K) for i in range(pairs)]
+        wanted = {REQUESTS[r].stream for r in self.loss.requests if REQUESTS[r].passes} - {"pair"}
+        extra = {stream: [record(i, K) for i in range(pairs)] for stream in wanted}
+        self.batch = jax.device_put(data.padded(records, K=K, T=2 * half, L=half, pad_id=0, extra=extra))
+        self.key = jax.random.key(0)
+        self.reference = {"model": params} if any(p.reference_forward for p in self.passes.values()) else None
+        heads = models.init_heads(self.loss.requests, shape.width, shape.vocab, self.key)
+        start = jax.tree.map(jnp.copy, {"model": params, **heads})
+        optimizer = optim.make(clip_norm=1.0)
+        self.state = step.TrainState(jnp.int32(0), start, optimizer.init(start), self.loss.init_state())
+        update = jax.jit(step.make_update(step.ModelSpec(shape.decoder()), self.loss, optimizer), donate_argnums=0)
+        self.update = update.lower(self.state, self.reference, self.batch, {}, self.key).compile()
+
+    @property
+    def flops(self) -> float:
+        """The compiler's count for one update."""
+        return self.update.cost_analysis()["flops"]
+
+    @property
+    def expected(self) -> float:
+        """Passes over completions, relative to DPO's: forward and backward of the policy, forward of the reference."""
+        units = sum(p.policy_forward + 2 * p.policy_backward + p.reference_forward for p in self.passes.values())
+        return units * self.completions / 8
 
     def seconds(self) -> float:
         """Wall time of the next update."""
         began = time.perf_counter()
-        self.state, metrics = self.update(self.state, self.reference, self.batch, {}, jax.random.key(0))
+        self.state, metrics = self.update(self.state, self.reference, self.batch, {}, self.key)
         jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - began
+
+
+def declared(run: Run) -> str:
+    """The passes as words: `policy 1 + 1 back, reference 1`, and the streams beside the pairs."""
+    words = []
+    for stream, one in sorted(run.passes.items(), key=lambda item: item[0] != "pair"):
+        parts = ([f"policy {one.policy_forward}" + f" + {one.policy_backward} back" * bool(one.policy_backward)]
+                 * bool(one.policy_forward) + [f"reference {one.reference_forward}"] * bool(one.reference_forward))
+        words.append(("" if stream == "pair" else f"{stream}: ") + ", ".join(parts))
+    return "; ".join(words)
 
 
 def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
     """Measures, prints and writes."""
     args, console, started, before = arguments(argv), console or wide_console(), time.monotonic(), machine()
     shape = TOY if args.quick else dataclasses.replace(Shape(), layers=2, width=128, inner=352, heads=2, vocab=4096)
-    known = [n for n in losses.names() if "logps" in losses.get(n).requests and set(losses.get(n).requests) <= INPUTS]
-    wanted = args.losses.split(",") if args.losses else known
-    config = shape.decoder()
-    params = models.init_params(config, jax.random.key(0))
-    draw, half = np.random.default_rng(0), args.length // 2
-    ids = lambda: draw.integers(3, shape.vocab, half).tolist()
-    records = [data.token_record(f"r{i}", ids(), (ids(), ids()), eos_ids=(2,)) for i in range(args.pairs)]
-    batch = jax.device_put(data.padded(records, K=2, T=2 * half, L=half, pad_id=0))
-    runs, absent = [], {}
-    for name in dict.fromkeys(["dpo", *wanted]):
-        with console.status(f"compiling {name}"):
-            if "triple" in name:
-                absent[name] = "it takes three completions of a prompt, so its inputs are not those of DPO"
-                continue
-            runs.append(Run(name, step.ModelSpec(config), params, batch))
-            runs[-1].seconds()
-    seconds = []
-    for number in range(args.rounds):
-        turn = number % len(runs)
-        row = {run.name: run.seconds() for run in runs[turn:] + runs[:turn]}
-        seconds.append([row[run.name] for run in runs])
-    times = np.asarray(seconds)
-    found = {run.name: quartiles(times[:, i] / times[:, 0]) for i, run in enumerate(runs)}
-    kinds = [("with a reference", [r for r in runs if r.reference is not None]),
-             ("without a reference", [r for r in runs if r.reference is None])]
-    tables = [dict(title=f"Losses {kind}: time / DPO, {args.rounds} rounds",
-                   columns=["loss", "time / DPO", "quartiles"],
-                   rows=[[r.name, f"{found[r.name][1]:.3f}", "{:.3f}-{:.3f}".format(*found[r.name][::2])]
-                         for r in sorted(some, key=lambda r: found[r.name][1])])
-              for kind, some in kinds if some]
-    return finish(args, console, title="Time of each loss against DPO", about=[
-        f"One model of {sum(a.size for a in jax.tree.leaves(params)) / 1e6:.1f}M parameters, {args.pairs} pairs of "
-        f"{2 * half} tokens; DPO takes {1e3 * float(np.median(times[:, 0])):.0f} ms. A ratio of 1.02 means 2% slower."],
-        tables=tables, data=dict(ratios=found, seconds={r.name: times[:, i].tolist() for i, r in enumerate(runs)}),
-        started=started, before=before, absent=absent)
+    half, wanted = args.length // 2, args.losses.split(",") if args.losses else losses.names()
+    params = models.init_params(shape.decoder(), jax.random.key(0))
+    absent = {}
+
+    def made(name: str) -> Run | None:
+        try:
+            return Run(name, shape, params, args.pairs, half)
+        except (ConfigError, DataError) as error:
+            absent[name] = " ".join(str(error).split())
+            return None
+
+    with console.status("compiling"), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        base, *runs = pool.map(made, dict.fromkeys(["dpo", *wanted]))
+    runs, times = [run for run in runs if run is not None], {}
+    base.seconds()
+    for number, run in enumerate(runs):
+        with console.status(f"{run.name}, {number + 1} of {len(runs)}"):
+            run.seconds()
+            rounds = args.rounds or (16 if run.plain else 6)
+            turns = [(base, run) if i % 2 else (run, base) for i in range(rounds)]
+            times[run.name] = [(both[run], both[base]) for both in ({r: r.seconds() for r in turn} for turn in turns)]
+            run.state = None
+    found = {name: quartiles(np.divide(*np.transpose(some))) for name, some in times.items()}
+    ratio = lambda run: [f"{found[run.name][1]:.3f}", "{:.3f}-{:.3f}".format(*found[run.name][::2]),
+                         f"{run.flops / base.flops:.3f}"]
+    tables = []
+    for kind, some in (("with a reference", [r for r in runs if r.plain and r.reference is not None]),
+                       ("without a reference", [r for r in runs if r.plain and r.reference is None])):
+        rows = [[r.name, *ratio(r)] for r in sorted(some, key=lambda r: found[r.name][1])]
+        tables += [dict(title=f"Losses of log-probs and lengths, {kind}: one update / DPO's",
+                        columns=["loss", "time / DPO", "quartiles", "FLOPs / DPO"], rows=rows)] * bool(rows)
+    others = [[r.name, *ratio(r), f"{r.expected:.2f}", r.completions, declared(r)]
+              for r in sorted((r for r in runs if not r.plain), key=lambda r: r.expected)]
+    if others:
+        tables.append(dict(title="The other losses beside the passes that they declare", rows=others,
+                           columns=["loss", "time / DPO", "quartiles", "FLOPs / DPO", "expected", "completions",
+                                    "passes"]))
+    spent = float(np.median([pair[1] for some in times.values() for pair in some]))
+    millions = sum(a.size for a in jax.tree.leaves(params)) / 1e6
+    about = (f"One model of {millions:.1f}M parameters, {args.pairs} prompts, rows of {2 * half} tokens; DPO takes "
+             f"{1e3 * spent:.0f} ms. A ratio of 1.02 means 2% slower. Expected: the declared passes, a backward pass "
+             "counted as two, times completions, relative to DPO's.")
+    return finish(args, console, title="Time of each loss against DPO", about=[about], tables=tables,
+                  data=dict(ratios=found, seconds=times, flops={r.name: r.flops for r in [base, *runs]}),
+                  started=started, before=before, absent=absent)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def timed(call, updates: int, repeats: int) -> float:
 
 
 def model_case():
-    """(update, initial state, reference, batch, hyper) of one member of the models."""
+    """(update, initial state, reference, batch, hyper, whether updates differ in their batch) of one member."""
     import jax
     import jax.numpy as jnp
 
@@ -66,7 +66,7 @@ def model_case():
         return state, {name: metrics[name] for name in ("loss", "finite")}
 
     state = step.TrainState(jnp.zeros((), jnp.int32), params, optim.from_section(section, 1).init(params), None)
-    return update, state, params, batch, {"rate": jnp.float32(RATE), "beta": jnp.float32(BETA)}
+    return update, state, params, batch, {"rate": jnp.float32(RATE), "beta": jnp.float32(BETA)}, True
 
 
 def toy_case():
@@ -94,7 +94,7 @@ def toy_case():
         return (optax.apply_updates(params, updates), memory), {"loss": total, "finite": jnp.isfinite(total)}
 
     state = params, optax.adam(RATE).init(params)
-    return update, state, log_ref, pairs, {"rate": jnp.float32(RATE), "beta": jnp.float32(BETA)}
+    return update, state, log_ref, pairs, {"rate": jnp.float32(RATE), "beta": jnp.float32(BETA)}, False
 
 
 def jax_times(case, counts, *, length: int, repeats: int) -> list[dict]:
@@ -104,15 +104,19 @@ def jax_times(case, counts, *, length: int, repeats: int) -> list[dict]:
 
     from alignax import population
 
-    update, state, ref, batch, hyper = case
+    update, state, ref, batch, hyper, changing = case
     mesh = population.make_mesh()
     alone = jax.jit(update, donate_argnums=0)
     held = {"state": jax.tree.map(jnp.copy, state)}
     key = jax.random.key(0)
+    # A batch of its own for every update, where the method has that: with one for all, the compiler would compute the
+    # reference once for all updates of a call.
+    turned = lambda i: jax.tree.map(lambda a: jnp.roll(a, i * (len(a) // PAIRS), axis=0), batch)  # by i prompts
+    each = [turned(i) for i in range(length)] if changing else None
 
     def one_by_one():
-        for _ in range(length):
-            held["state"], _ = alone(held["state"], ref, batch, hyper, key, {})
+        for number in range(length):
+            held["state"], _ = alone(held["state"], ref, each[number] if each else batch, hyper, key, {})
         jax.block_until_ready(held["state"])
 
     rows, base = [], timed(one_by_one, length, repeats)
@@ -121,10 +125,12 @@ def jax_times(case, counts, *, length: int, repeats: int) -> list[dict]:
         for label, where in (("one device", None), ("all devices", mesh)):
             if where is not None and count % where.size or (label == "all devices" and mesh is None):
                 continue
-            run = population.make_steps(update, length=length, mesh=where)
+            run = population.make_steps(update, length=None if each else length, mesh=where)
             spread = lambda tree, n=count: jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *jnp.shape(a))), tree)
-            fixed = [population.place(part, where, axis=None) for part in (ref, batch)]
-            many = [population.place(part, where) for part in (spread(hyper), jax.random.split(key, count))]
+            seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) if each else batch
+            keys = jax.random.split(key, (length, count) if each else count)
+            fixed = [population.place(part, where, axis=None) for part in (ref, seen)]
+            many = [population.place(spread(hyper), where), population.place(keys, where, axis=1 if each else 0)]
             held["many"] = population.start(population.place(jax.tree.map(jnp.copy, spread(state)), where), mesh=where)
 
             def together(run=run, fixed=fixed, many=many):
