@@ -55,13 +55,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     out = parser(__doc__, "epochs")
     out.add_argument("what", choices=("reference", "hh", "prefix"), help="which comparison")
     out.add_argument("--pairs", type=int, default=0, help="pairs of an update (default: reference 4, hh 16, prefix 1)")
-    out.add_argument("--updates", type=int, default=0, help="timed updates of an epoch (default: 6, 8, 8)")
+    out.add_argument("--updates", type=int, default=0, help="timed updates of an epoch (default: 6, 6, 8)")
     out.add_argument("--vocab", type=int, default=32_000, help="vocabulary (default 32000)")
     out.add_argument("--max-prompt", type=int, default=384, help="hh: longest prompt (default 384)")
     out.add_argument("--max-completion", type=int, default=128, help="hh: longest completion (default 128)")
     out.add_argument("--columns", type=int, default=512, help="hh: least length of a packed row (default 512)")
     args = out.parse_args(argv)
-    usual = {"reference": (4, 6), "hh": (16, 8), "prefix": (1, 8)}[args.what]
+    usual = {"reference": (4, 6), "hh": (16, 6), "prefix": (1, 8)}[args.what]
     args.pairs, args.updates = args.pairs or usual[0], args.updates or usual[1]
     if args.json == pathlib.Path("runs/benchmarks/epochs.json"):
         args.json = args.json.with_name(f"epochs_{args.what}.json")
