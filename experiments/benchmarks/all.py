@@ -3,7 +3,7 @@
     python experiments/benchmarks/all.py --trl-python ... --tunix-python ... [--folder runs/benchmarks] [--quick]
 
 One after another, each in a process of its own; one that fails is reported and the others go on (exit code 1). Cost:
-under 20 minutes on two idle cores, and up to 16 GB of memory.
+under two hours on two idle cores, and up to 16 GB of memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from common import HERE, wide_console
 from page import ORDER
 
-PEERS = ("dpo_step", "epochs_hh", "epochs_reference", "generate")
+PEERS = ("dpo_step", "epochs_hh", "epochs_reference", "generate", "win_rate", "sweep_peers", "cold_start")
 
 
 def main(argv: list[str] | None = None) -> int:

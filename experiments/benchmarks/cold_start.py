@@ -1,10 +1,11 @@
 """From the command to the first update of the quickstart, the first time and with a filled compilation cache.
 
-    python experiments/benchmarks/cold_start.py [--times 3] [--quick]
+    python experiments/benchmarks/cold_start.py [--times 3] [--trl-python ...] [--tunix-python ...] [--quick]
 
 Starts `alignax train --config experiments/quickstart.py` in a process of its own with an empty compilation cache, waits
 until the first update of the first stage stands in metrics.jsonl, and ends the process; then again with the cache that
-this left. The clock includes Python, imports, data, parameters and compilation or its cache.
+this left. The clock includes Python, imports, data, parameters and compilation or its cache. Beside it, what each
+library takes on disk with all that it requires, read from the metadata of its environment (install_size.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from common import finish, machine, parser, spread, wide_console, workplace
+from common import HERE, finish, machine, megabytes, parser, spread, wide_console, workplace
 from rich.console import Console
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ LIMIT = 600.0
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    out = parser(__doc__, "cold_start", peers=False)
+    out = parser(__doc__, "cold_start")
     out.add_argument("--times", type=int, default=3, help="starts with a filled cache (default 3)")
     return out.parse_args(argv)
 
@@ -66,6 +67,19 @@ def start(folder: pathlib.Path, cache: pathlib.Path, config: str) -> float:
         process.stderr.close()
 
 
+def sizes(args: argparse.Namespace) -> tuple[list[list[str]], dict[str, dict]]:
+    """(rows, numbers) of what each library takes on disk with its requirements."""
+    rows, found = [], {}
+    for package, python in (("alignax", sys.executable), ("trl", args.trl_python), ("google-tunix", args.tunix_python)):
+        if python:
+            done = subprocess.run([python, str(HERE / "install_size.py"), package], capture_output=True, text=True,
+                                  check=True)
+            one = found[package] = json.loads(done.stdout)
+            rows.append([package, megabytes(one["bytes"]), one["packages"], one["largest"] or "-",
+                         ", ".join(one["absent"]) or "-"])
+    return rows, found
+
+
 def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
     """Measures, prints and writes."""
     args, console, started, before = arguments(argv), console or wide_console(), time.monotonic(), machine()
@@ -81,9 +95,15 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
     table = dict(title="Seconds from the command to the first update of the quickstart",
                  columns=["compilation cache", "s", "starts"],
                  rows=[["empty", f"{first:.1f}", 1], ["filled", spread(later, 1), len(later)]])
+    rows, installed = sizes(args)
+    disk = dict(title="On disk, with all that it requires", rows=rows, columns=[
+        "package", "MB", "packages", "largest", "not installed"])
     return finish(args, console, title="Cold start", about=[
-        "A process of its own each time: Python, imports, data, parameters, compilation or its cache, first update."],
-        tables=[table], data=dict(first=first, later=later), started=started, before=before)
+        "A process of its own each time: Python, imports, data, parameters, compilation or its cache, first update.",
+        "Disk: sizes by the installer's records, without compiled Python files and optional extras, of what is "
+        "installed here (PyTorch's build for CPUs); the source of a package installed in place is not part of them."],
+        tables=[table, disk], data=dict(first=first, later=later, installed=installed), started=started,
+        before=before, absent={} if len(rows) == 3 else {"size on disk of a peer": "no python executable was given"})
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import sys
 from typing import Any
 
 ORDER = {"dpo_step": "dpo_step.py", "epochs_hh": "epochs.py hh", "epochs_reference": "epochs.py reference",
-         "epochs_prefix": "epochs.py prefix", "layouts": "layouts.py", "generate": "generate.py",
-         "memory": "memory.py", "losses": "losses.py", "cold_start": "cold_start.py", "population": "population.py"}
+         "epochs_prefix": "epochs.py prefix", "win_rate": "win_rate.py", "sweep_peers": "sweep_peers.py",
+         "layouts": "layouts.py", "generate": "generate.py", "memory": "memory.py", "losses": "losses.py",
+         "live_diagnostics": "live_diagnostics.py", "cold_start": "cold_start.py", "population": "population.py"}
 HEAD = """# Benchmarks
 
 Ours beside TRL and Tunix, and ours beside ours. The tables are written by `python experiments/benchmarks/page.py
@@ -35,7 +36,8 @@ page says so. How it is measured:
   optimiser, to 2e-3.
   The shared model rotates with base 1,000,000, since Tunix 0.1.7 uses that base whatever its config says.
 - Contenders are processes that run in turn, a few updates in each round, another one first each time. Ratios are taken
-  inside a round; tables give medians, with quartiles in brackets.
+  inside a round; tables give medians, with quartiles in brackets. Where whole runs are timed (time to a win rate,
+  sweeps), every run starts in a fresh process instead, one after another.
 - The machines are shared: ratios count, absolute times do not carry over. Memory of a process is the high-water mark of
   its resident pages.
 """

@@ -77,7 +77,8 @@ def read_pairs(path: str | os.PathLike) -> list[tuple[list[int], list[int], list
 def serve(training: Callable[[dict], Any], sampling: Callable[[dict], Any], version: str) -> None:
     """Serves a contender whose updates come one at a time until the driver hangs up.
 
-    training(order): has once() -> (seconds, loss) and facts() -> what `load` answers, asked before the first update.
+    training(order): has once() -> (seconds, loss) and facts() -> what `load` answers, asked before the first update;
+    for snapshots also save(path), which writes the parameters as a Hugging Face folder. A second load begins anew.
     sampling(order): has generate(prompts, new, seed, ends, batch, show) -> the answer.
     """
     wire, run = Wire(), None
@@ -95,6 +96,9 @@ def serve(training: Callable[[dict], Any], sampling: Callable[[dict], Any], vers
             spent, done = time.process_time(), [run.once() for _ in range(order["count"])]
             wire.answer(cpu=(time.process_time() - spent) / order["count"], seconds=[s for s, _ in done],
                         losses=[x for _, x in done], peak=peak_bytes())
+        elif order["do"] == "save":
+            run.save(order["path"])
+            wire.answer()
         else:
             wire.answer(**run.generate(order["prompts"], order["new"], order["seed"], order["ends"], order["batch"],
                                        order.get("show", False)))

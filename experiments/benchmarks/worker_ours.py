@@ -1,7 +1,8 @@
 """Our side of the benchmarks: DPO updates and sampling through the library's own functions.
 
-Orders: load (model, pairs, batch, layout, reference, beta, rate, clip, remat, unroll, multiple, columns) and steps
-(count); for sampling load (model, task="generate") and generate (prompts, new, seed, ends, batch, show).
+Orders: load (model, pairs, batch, layout, reference, beta, rate, clip, remat, unroll, multiple, columns, gate), steps
+(count) and save (path); gate=False leaves out the log-probs that the parity gate reads. For sampling load (model,
+task="generate") and generate (prompts, new, seed, ends, batch, show).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Training:
         self.state = step.TrainState(jnp.int32(0), start, optimizer.init(start), loss.init_state())
         self.ready_seconds = time.perf_counter() - began
         self.update = jax.jit(step.make_update(self.spec, loss, optimizer), donate_argnums=0)
-        self.parity = self.log_probs(self.state.params, 0)
+        self.parity = self.log_probs(self.state.params, 0).ravel().tolist() if order.get("gate", True) else None
 
     def batch(self, number: int) -> data.Record:
         """Batch `number`, filled on the host."""
@@ -66,8 +67,8 @@ class Training:
     def facts(self) -> dict:
         """What is told of the loaded run."""
         rows, columns = self.batch(0).streams["pair"].tokens.shape
-        return dict(log_probs=self.parity.ravel().tolist(), reference_seconds=self.reference_seconds,
-                    load_seconds=self.ready_seconds, cells=rows * columns)
+        return dict(log_probs=self.parity, reference_seconds=self.reference_seconds, load_seconds=self.ready_seconds,
+                    cells=rows * columns)
 
     def once(self) -> tuple[float, float]:
         """(seconds, loss) of the next update, from records on the host to new parameters."""
@@ -77,6 +78,10 @@ class Training:
         jax.block_until_ready((self.state, metrics))
         self.number += 1
         return time.perf_counter() - began, float(metrics["loss"][0])
+
+    def save(self, path: str) -> None:
+        """The policy as a Hugging Face folder."""
+        models.save(path, self.spec.config, self.state.params["model"], overwrite=True)
 
 
 class Sampling:

@@ -1,7 +1,8 @@
 """TRL's side of the benchmarks: its DPOTrainer's own loop, held before every step, and transformers' generate.
 
 Runs in an environment with torch, transformers and TRL; knows nothing of alignax. Orders as in worker_ours.py; `bf16`
-asks for bfloat16 autocast, `reference="precomputed"` for TRL's precompute_ref_log_probs.
+asks for bfloat16 autocast, `reference="precomputed"` for TRL's precompute_ref_log_probs. A `load` after the first
+leaves the trainer where it is and builds another.
 """
 
 from __future__ import annotations
@@ -26,6 +27,14 @@ def tokenizer_of(vocab: int):
 def load_model(folder: str):
     """The checkpoint in float32."""
     return transformers.LlamaForCausalLM.from_pretrained(folder, dtype="float32")
+
+
+class NextRun(Exception):
+    """Ends a trainer's loop: the driver wants another run in this process."""
+
+    def __init__(self, order: dict):
+        super().__init__()
+        self.order = order
 
 
 def train(wire: Wire, orders, order: dict) -> None:
@@ -78,7 +87,11 @@ def train(wire: Wire, orders, order: dict) -> None:
                     spent = (time.process_time() - self.spent) / len(self.times)
                     wire.answer(cpu=spent, seconds=self.times, losses=shown, peak=peak_bytes())
                 self.first, self.times = False, []
-                following = next(orders, None)
+                while (following := next(orders, None)) and following["do"] == "save":
+                    model.save_pretrained(following["path"])
+                    wire.answer()
+                if following and following["do"] == "load":
+                    raise NextRun(following)
                 if following is None:
                     control.should_training_stop = True
                     raise SystemExit
@@ -99,8 +112,8 @@ def train(wire: Wire, orders, order: dict) -> None:
                       train_dataset=datasets.Dataset.from_list(pairs),
                       processing_class=tokenizer_of(model.config.vocab_size))
     batch = trainer.data_collator(pairs[:order["batch"]])
-    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
-    facts = dict(log_probs=torch.stack([chosen, rejected], 1).float().flatten().tolist(),
+    told = trainer.compute_ref_log_probs(trainer.model, batch) if order.get("gate", True) else None
+    facts = dict(log_probs=told and torch.stack(told, 1).float().flatten().tolist(),
                  reference_seconds=spent.get("reference", 0.0), load_seconds=time.perf_counter() - began,
                  version=f"TRL {trl.__version__}, torch {torch.__version__}", cells=batch["input_ids"].numel())
     trainer.add_callback(Held())
@@ -137,7 +150,12 @@ def main() -> None:
     wire = Wire()
     orders = wire.orders()
     order = next(orders)
-    (generate if order.get("task") == "generate" else train)(wire, orders, order)
+    while order is not None:
+        try:
+            (generate if order.get("task") == "generate" else train)(wire, orders, order)
+            order = None
+        except NextRun as following:
+            order = following.order
 
 
 if __name__ == "__main__":

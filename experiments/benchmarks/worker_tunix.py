@@ -39,7 +39,7 @@ class Training:
     """The steps of DPOTrainer.train, one at a time."""
 
     def __init__(self, order: dict):
-        began = time.perf_counter()
+        began, self.gate = time.perf_counter(), order.get("gate", True)
         self.model, self.reference = load_model(order["model"])[0], load_model(order["model"])[0]
         optimizer = optax.chain(optax.clip_by_global_norm(order["clip"]), optax.adamw(order["rate"], weight_decay=0.0))
         settings = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=10**9, beta=order["beta"])
@@ -75,8 +75,8 @@ class Training:
 
     def facts(self) -> dict:
         """What is told of the loaded run."""
-        return dict(log_probs=self.log_probs(), reference_seconds=0.0, load_seconds=self.load_seconds,
-                    cells=2 * len(self.batches[0]) * (self.prompt + self.response))
+        return dict(log_probs=self.log_probs() if self.gate else None, reference_seconds=0.0,
+                    load_seconds=self.load_seconds, cells=2 * len(self.batches[0]) * (self.prompt + self.response))
 
     def once(self) -> tuple[float, float]:
         """(seconds, loss) of the next step: inputs, reference and update."""
