@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -72,6 +73,38 @@ def test_the_stage_is_opened_with_both_ends(stage):
     assert seen == [[*range(8)], [8, *range(7)]]  # the last batch is filled up
 
 
+def test_of_more_completions_the_first_two_are_the_pair(run, stage, monkeypatch):
+    """Whatever else a list holds is cut off with its scores, its labels and its columns."""
+    whole = of_run.examine.pair_records
+
+    def longer(*args):
+        records, init = whole(*args)
+        return [dataclasses.replace(r, completions=(*r.completions, r.completions[0]), scores=(2.0, 1.0, 0.0),
+                                    completion_ended=(*r.completion_ended, True)) for r in records], init
+
+    monkeypatch.setattr(of_run.examine, "pair_records", longer)
+    opened = of_run.open_stage(run, "method", prompts=3)
+    assert [r.id for r in opened.records] == ["p0", "p4", "p8"]
+    assert all(len(r.completions) == len(r.completion_ended) == len(r.scores) == 2 for r in opened.records)
+    assert all(r.scores == (2.0, 1.0) for r in opened.records)
+    assert next(opened.batches())[1].streams["pair"].targets.shape[:2] == (3, 2)
+    for mine, whole_one in zip(opened.records, stage.records[::4], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(mine.completions, whole_one.completions, strict=True))
+
+
+def test_a_text_has_no_end_token_and_is_cut(stage):
+    assert stage.text(0, 0) == "he smiled ." and stage.text(3, 0, 10) == "he walked…"
+
+
+def test_losses_that_pairs_alone_cannot_give_are_refused(stage):
+    of = lambda name: stage._replace(section={**stage.section, "loss": {"name": name}})
+    assert of_run.loss_of_pairs(of("aot")).name and of_run.loss_of_pairs(of("ipo"), single=True).name
+    with pytest.raises(ConfigError, match="depends on the other pairs"):
+        of_run.loss_of_pairs(of("aot"), single=True)
+    with pytest.raises(ConfigError, match="also reads kl_logps, kl_ref_logps"):
+        of_run.loss_of_pairs(of("kto"))
+
+
 def test_weights(stage):
     found = weights.analyse(stage).numbers["groups"]
     old, new = (np.asarray(p["model"]["layers"]["mlp"]["up"], np.float64)[1] for p in (stage.before, stage.after))
@@ -80,6 +113,9 @@ def test_weights(stage):
     total = sum(float(((np.asarray(a, np.float64) - np.asarray(b)) ** 2).sum()) for a, b in zip(
         jax.tree.leaves(stage.after["model"]), jax.tree.leaves(stage.before["model"]), strict=True))
     assert found["all"]["l2"] == pytest.approx(total ** 0.5, rel=1e-6)
+    names = list(found)  # the way of a token: what stands before the layers, the layers by number, what stands behind
+    assert names[0] == "embedding" and names[-1] == "all" and names.index("norm") > names.index("layers/1/mlp")
+    assert names.index("layers/0/mlp") < names.index("layers/1/attention")
 
 
 def test_landscape(stage, logps):
@@ -95,6 +131,17 @@ def test_landscape(stage, logps):
     half = jax.tree.map(lambda a, b: (a + b) / 2, stage.before, stage.after)
     again = landscape.along(stage._replace(after=half), stage.before, half)
     assert again["margin"][np.isclose(landscape.ALPHAS, 1).argmax()] == pytest.approx(at("margin", 0.5), abs=1e-3)
+    length = np.asarray([len(r.completions[1]) for r in stage.records])
+    assert at("rejected", 1.0) == pytest.approx((logps[1][:, 1] / length).mean(), abs=1e-4)
+    # To the end of another run, here one that ended where this one began: the same line, walked the other way.
+    turned = landscape.analyse(stage, other=stage._replace(after=stage.before))
+    assert turned.numbers["loss"] == pytest.approx(result.numbers["loss"][::-1], rel=1e-5)
+    best = int(np.argmin(result.numbers["loss"]))
+    assert f"{result.numbers['loss'][best]:.4g}, at {landscape.ALPHAS[best]:+.1f}" in result.notes[1]
+    with pytest.raises(ConfigError, match="a model of another shape"):
+        small = dataclasses.replace(stage.ctx.spec.config, num_layers=1)
+        other = dataclasses.replace(stage.ctx, spec=dataclasses.replace(stage.ctx.spec, config=small))
+        landscape.analyse(stage, other=stage._replace(ctx=other))
 
 
 def test_credit(stage, logps):
@@ -104,6 +151,12 @@ def test_credit(stage, logps):
             assert len(pair[side]["tokens"]) == len(stage.records[n].completions[k])
             assert sum(pair[side]["credit"]) == pytest.approx(logps[1][n, k] - logps[0][n, k], abs=1e-3)
     assert len(result.rows) == 4
+    pair = result.numbers["pairs"][1]["rejected"]
+    name, total, count, best, worst = result.rows[3]
+    assert name == "p1 rejected" and total == pytest.approx(sum(pair["credit"])) and count == len(pair["credit"])
+    for shown, pick in ((best, np.argmax), (worst, np.argmin)):
+        at = pick(pair["credit"])
+        assert shown == f"{pair['tokens'][at].strip()} {pair['credit'][at]:+.2f}"
 
 
 def test_lines_hold_every_token_once():
@@ -136,6 +189,14 @@ def test_influence_is_the_product_of_explicit_gradients(stage):
     assert len(asked) == 9
     np.testing.assert_allclose([s["influence"] for s in found], -trained @ asked.mean(0), rtol=1e-3, atol=1e-4)
     assert sum(abs(s["share"]) for s in found) == pytest.approx(1)
+    # One sign for all methods: where the inverse of the curvature is nearly the identity, all tell the same.
+    order = lambda method: [s["influence"] for s in influence.analyse(stage, method=method).numbers["scores"]]
+    assert np.corrcoef(order("datainf"), [s["influence"] for s in found])[0, 1] > 0.5
+    # More weight on pairs lowers their own loss at the end: the mean influence on it is below 0 under every method.
+    own = influence.analyse(stage, query="loss", method="tracin").numbers["scores"]
+    np.testing.assert_allclose([s["influence"] for s in own], -trained @ trained.mean(0), rtol=1e-3, atol=1e-4)
+    of_rejected = influence.analyse(stage, query="rejected", method="tracin").numbers["scores"]
+    assert np.corrcoef([s["influence"] for s in of_rejected], [s["influence"] for s in found])[0, 1] < 0.99
     with pytest.raises(ConfigError, match="--query=beauty"):
         influence.analyse(stage, query="beauty")
 
@@ -153,8 +214,13 @@ def test_probes_of_planted_states_and_the_expressive_share(stage, logps):
     draws = np.random.default_rng(0)
     states = draws.normal(size=(40, 2, 6))
     assert abs(probes.cognitive(states) - 0.5) < 0.3
+    halves = 0.01 * draws.normal(size=(40, 2, 6))
+    halves[::2, 0, 0] += 5
+    halves[1::2, 0, 1] += 5  # each half's direction tells its own pairs apart, and not those that it is tested on
+    assert probes.cognitive(halves) < 0.9
     states[:, 0, 2] += 12
     assert probes.cognitive(states) == 1.0
+    assert probes.cognitive(states[:, ::-1]) == 1.0  # the direction is found, not given: whichever side stands first
     told = probes.analyse(stage).numbers["phases"]
     length = np.asarray([[len(c) for c in r.completions] for r in stage.records])
     for name, values in zip(("model", "method"), logps, strict=True):
@@ -201,6 +267,13 @@ def test_the_direction_before_the_norm_orders_states_alike():
     normed = weight * state / jnp.sqrt((state ** 2).mean())
     found = neurons.before_norm(config, {"norm": weight}, direction)
     np.testing.assert_allclose(found @ state / jnp.sqrt((state ** 2).mean()), normed @ direction, rtol=1e-5)
+    plus = neurons.before_norm(dataclasses.replace(config, norm="rms_plus_one"), {"norm": weight - 1}, direction)
+    np.testing.assert_allclose(plus, found, rtol=1e-5)
+    # A layer norm takes the mean out and divides by the deviation of what is left.
+    layer = neurons.before_norm(dataclasses.replace(config, norm="layer"), {"norm": weight}, direction)
+    centred = state - state.mean()
+    normed = weight * centred / jnp.sqrt((centred ** 2).mean())
+    np.testing.assert_allclose(layer @ state / jnp.sqrt((centred ** 2).mean()), normed @ direction, rtol=1e-5)
 
 
 def test_the_neurons_analysis(stage, logps):
@@ -211,7 +284,22 @@ def test_the_neurons_analysis(stage, logps):
         assert told["policies"][name]["margin"] == pytest.approx((values @ [1, -1]).mean(), abs=1e-3)
     assert sum(g["share"] for g in told["groups"].values()) == pytest.approx(1, abs=1e-5)
     assert sum(g["reduction"] for g in told["groups"].values()) >= told["reduction"]
-    assert told["policies"]["start, all four patched"] != told["policies"]["start"]
+    policies = told["policies"]
+    assert policies["start, all four patched"] != policies["start"]
+    half = landscape.along(stage, stage.before, stage.after)["margin"][np.isclose(landscape.ALPHAS, 0.5).argmax()]
+    undone = policies["end, half of the change undone"]["margin"] - policies["start"]["margin"]
+    assert undone == pytest.approx(half, abs=1e-3)  # along() gives margins less the start's
+    assert policies["end, keys of the nearest 7 x 10"] != policies["end"]
+    assert told["neurons"] == sorted(told["neurons"], key=lambda n: -abs(n["reduction"]))
+
+
+def test_the_probe_points_at_the_rejected_and_is_tested_on_other_pairs():
+    draws = np.random.default_rng(3)
+    states = draws.normal(size=(60, 2, 5))
+    states[:, 1, 2] += 4
+    probe, accuracy = of_neurons._probe(states)
+    assert probe[2] > 0 and abs(probe[2]) == max(abs(probe)) and accuracy > 0.9
+    assert of_neurons._probe(draws.normal(size=(60, 2, 200)))[1] < 0.75  # noise that the fitted half is told apart by
 
 
 # --- several runs ---------------------------------------------------------------------------------------------------
@@ -232,6 +320,10 @@ def test_overoptimisation_finds_a_planted_law(tmp_path):
     folders = [evaluated(tmp_path / "a", points[:3]), evaluated(tmp_path / "b", points[3:])]
     law = scaling.overoptimisation(folders).numbers["laws"]["best_of_n"]
     assert (law["a"], law["b"], law["peak_d"]) == pytest.approx((2.0, 0.4, 2.5))
+    assert scaling.overoptimisation(folders).rows[0][5] == pytest.approx(2.5)
+    short = [evaluated(tmp_path / "c", [(x * x, x * (2.0 - 0.4 * x)) for x in (0.5, 1.0, 1.5)])]
+    assert scaling.overoptimisation(short).rows[0][5:7] == [None, None]  # its peak lies beyond the policies
+    assert scaling.overoptimisation(short).numbers["laws"]["best_of_n"]["peak_d"] == pytest.approx(2.5)
     with pytest.raises(ConfigError, match="found 2 evaluated policies with 2 different KL above 0; needed: 3"):
         scaling.overoptimisation(folders[1:])
     with pytest.raises(ConfigError, match="no result.json"):
@@ -245,9 +337,25 @@ def test_scaling_finds_a_planted_law_and_says_what_it_lacks(monkeypatch, tmp_pat
     found = scaling.scaling([])
     assert (found.numbers["fit"]["scale"], found.numbers["fit"]["exponent"]) == pytest.approx((1e4, 0.1), rel=1e-6)
     assert found.draw(tmp_path / "figure.png").exists()
+    other = [{**row, "parameters": 5000, "tokens": float(row["parameters"])} for row in rows]
+    monkeypatch.setattr(scaling, "runs", lambda folders, stage: other)
+    assert scaling.scaling([]).numbers["law"] == "L = (scale / D)^exponent"
     monkeypatch.setattr(scaling, "runs", lambda folders, stage: rows[:1] * 3)
     with pytest.raises(ConfigError, match="3 or more runs that differ"):
         scaling.scaling([])
+
+
+def test_the_figure_of_two_numbers_has_a_line_per_amount_of_tokens(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(scaling.style, "save", lambda figure, path: made.append(figure) or path)
+    law = scaling_fits.Chinchilla(1.7, 400.0, 410.0, 0.34, 0.28)
+    n, d = (np.ravel(x) for x in np.meshgrid([1e6, 1e7], [1e8, 1.01e8, 1e9]))  # 1% apart: one amount
+    scaling._draw_both(n, d, law(n, d), law, tmp_path / "x.png")
+    axes = made[0].axes[0]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["D = 100M", "D = 1B"]
+    marks = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [len(line.get_xdata()) for line in marks] == [4, 2]
+    assert [scaling.short(x) for x in (12.0, 999.9, 1234, 2.5e6, 7e9)] == ["12", "1k", "1.23k", "2.5M", "7B"]
 
 
 def test_runs_reads_tokens_and_the_last_held_out_loss(run):
@@ -260,6 +368,10 @@ def test_runs_reads_tokens_and_the_last_held_out_loss(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = scaling.runs([run], "")[0]
     assert (found["tokens"], found["loss"]) == (120.0, 2.0) and found["parameters"] > 1000
+    # Rows that logging left out count like those that it wrote; what came after the last held-out loss does not.
+    rows = [rows[1], {**rows[1], "step": 4}, {**rows[3], "step": 4}, {**rows[1], "step": 6}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert scaling.runs([run], "")[0]["tokens"] == 4 * 70
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from experiments.papers import (  # noqa: E402
     compare_losses,
     gradient_entanglement,
     gradient_field,
+    grokking_tickets,
     harness,
     implicit_explicit,
     overoptimisation,
@@ -233,6 +234,75 @@ def test_preferences_prefer_praise():
     assert float(texts.polarity(prompt).sum()) < 0 and (ranked.tokens[:, 1, 1:4] == prompt).all()
 
 
+def test_one_program_trains_by_any_of_several_losses(reviews):
+    """Number `which` of them gives what the loss alone gives, and every record is looked at in its place."""
+    one, _, pairs = reviews
+    several = [losses.get("dpo", beta=0.5), losses.get("tdpo", beta=0.5)]
+    look = lambda p: texts.sums(CONFIG, p, pairs)
+    go = lambda loss, which: texts.train(loss, CONFIG, one, pairs, look=look, steps=4, every=2, lr=1e-2, which=which)
+    both = jax.jit(lambda n: jax.lax.map(lambda i: go(several, i), n))(jnp.arange(2))
+    for i, loss in enumerate(several):
+        params, seen = jax.jit(lambda loss=loss: go(loss, 0))()
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-4, atol=2e-5), both, (params, seen))
+        np.testing.assert_allclose(seen[0], look(one), rtol=1e-5)
+        np.testing.assert_allclose(seen[-1], look(params), rtol=1e-5)
+    assert float(jnp.abs(both[1][0] - both[1][1]).max()) > 1e-3  # and the two are not the same
+    with pytest.raises(ConfigError, match="must divide"):
+        texts.train(several, CONFIG, one, pairs, look=look, steps=3, every=2, lr=1e-2)
+
+
+def test_each_slice_is_computed_once_and_in_its_place():
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = harness.each(lambda key, x: {"draw": jax.random.normal(key), "double": 2 * x}, keys, np.arange(3))
+    assert found["double"].tolist() == [0, 2, 4]
+    np.testing.assert_allclose(found["draw"], [jax.random.normal(key) for key in keys], rtol=1e-6)
+
+
+SMALL = grokking_tickets.SMALL._replace(modulus=11, embedding=8, width=8, steps=20, every=5)
+
+
+def test_the_sums_are_split_once_and_masked_weights_stay_out():
+    """Every unordered pair in one of the parts, with its sum; weights outside a mask are 0 at every record."""
+    parts = grokking_tickets.data(jax.random.key(0), SMALL)
+    terms = [np.nonzero(row)[0].tolist() for counts, _ in parts for row in np.asarray(counts)]
+    assert sorted(terms) == [[a, b] for a in range(11) for b in range(a + 1, 11)] and len(parts[0][1]) == 33
+    assert [sum(t) % 11 for t in terms] == np.concatenate([sums for _, sums in parts]).tolist()
+    first = grokking_tickets.start(jax.random.key(1), SMALL)
+    draws = np.random.default_rng(0)
+    mask = jax.tree.map(lambda x: (draws.random(x.shape) < 0.5).astype(np.float32), first)
+    go = jax.jit(lambda decay: grokking_tickets.train(jax.random.key(0), first, mask, decay, SMALL))
+    path, seen = go(0.0)
+    assert seen.shape == (5, 2) and jax.tree.leaves(path)[0].shape[0] == 5
+    for name, weights in path.items():
+        assert (np.asarray(weights)[:, mask[name] == 0] == 0).all()
+        np.testing.assert_allclose(weights[0], first[name] * mask[name])
+    last = jax.tree.map(lambda x: x[-1], path)
+    counts, sums = parts[1]
+    assert float(seen[-1, 1]) == pytest.approx(float((grokking_tickets.scores(last, counts).argmax(-1) == sums).mean()))
+    decayed = jax.tree.map(lambda x: x[-1], go(5.0)[0])
+    assert grokking_tickets.norm(decayed) < grokking_tickets.norm(last)
+
+
+def test_the_starts_and_masks_of_the_second_runs():
+    """Largest weights of the whole network; the random mask has as many in every matrix; the scaled start has the
+    ticket's norm; the early ticket is that of the first record at which the training pairs are fitted."""
+    draws = np.random.default_rng(1)
+    path = {name: draws.normal(size=(3, 10, n)).astype(np.float32) for name, n in (("a", 4), ("b", 6))}
+    first = {name: draws.normal(size=x.shape[1:]).astype(np.float32) for name, x in path.items()}
+    seen = np.array([[0.1, 0.1], [0.97, 0.2], [1.0, 1.0]])
+    starts, masks = grokking_tickets.second_runs(first, path, seen, 0.6, 0)
+    for mask, record in ((masks[3], 1), (masks[4], 2)):
+        size = np.concatenate([np.abs(x[record]).reshape(-1) for x in path.values()])
+        ones = np.concatenate([mask[name].reshape(-1) for name in path])
+        assert ones.sum() == 40 and size[ones > 0].min() > size[ones == 0].max()
+    assert all((masks[2][n].sum() == masks[4][n].sum()) and (masks[2][n] != masks[4][n]).any() for n in path)
+    assert grokking_tickets.norm(starts[1]) == pytest.approx(
+        grokking_tickets.norm(jax.tree.map(np.multiply, first, masks[4])), rel=1e-5)
+    assert all((s[n] == first[n]).all() for s in (starts[0], *starts[2:]) for n in path)
+    accuracy = np.array([[[0, 0], [1, 0], [1, 0.96]], [[0, 0], [1, 0], [1, 0.94]]])
+    assert grokking_tickets.delays(accuracy, 50).tolist() == [50, np.inf]
+
+
 @pytest.mark.parametrize("names", [("h_dpo", "gradient_field")])
 def test_the_page(names, tmp_path, monkeypatch):
     """Runs of two in small make a page whose figures exist and are small; a second run keeps the first's reports."""
@@ -250,7 +320,7 @@ def test_the_page(names, tmp_path, monkeypatch):
         papers.main(["--quick"])
 
 
-@pytest.mark.parametrize("name", ["ipo_deterministic", "odpo", "reference_strength", "squeezing"])
+@pytest.mark.parametrize("name", ["ipo_deterministic", "odpo", "reference_strength", "squeezing", "grokking_tickets"])
 def test_reproductions_run_in_small(name, tmp_path):
     """A few of them, each a kind of its own; `python -m experiments.papers.all --quick --out FOLDER` runs all."""
     found = importlib.import_module(f"experiments.papers.{name}").run(tmp_path, quick=True)

@@ -103,6 +103,23 @@ def test_what_is_no_pair_is_refused():
         "equal scores or labels: no preference"]
     with pytest.raises(ConfigError, match="not a pair"):
         pairs.score(SPEC, {}, [lone], pad_id=0)
+    for records, size in (([], 2), (RECORDS, 0)):
+        with pytest.raises(ConfigError, match=f"{len(records)} records and batch_size {size}"):
+            pairs.score(SPEC, {}, records, pad_id=0, batch_size=size)
+
+
+def test_progress_counts_every_pair_once(policy):
+    seen = []
+    pairs.score(SPEC, policy, RECORDS, pad_id=0, batch_size=2, advance=seen.append)
+    assert sum(seen) == len(RECORDS) and len(seen) > 1
+
+
+def test_numbers_that_are_not_finite_name_their_record(policy):
+    """Only the second record holds the token whose embedding is broken."""
+    model = policy["model"]
+    broken = {"model": {**model, "embedding": model["embedding"].at[21].set(jnp.nan)}}
+    with pytest.raises(FloatingPointError, match=r"is nan|is \[.*nan"):
+        pairs.score(SPEC, broken, [RECORDS[2], RECORDS[4]], pad_id=0, batch_size=2)
 
 
 @pytest.mark.parametrize("text, good", [

@@ -28,7 +28,7 @@ from experiments.papers import harness
 NAMES = ("three_d_properties", "three_d_losses", "squeezing", "gradient_field", "ipo_deterministic",
          "on_policy_bandit", "label_noise", "mixed_quality", "dpo_shift", "h_dpo", "overoptimisation", "odpo",
          "reference_strength", "compare_losses", "three_d_real", "gradient_entanglement", "likelihood_displacement",
-         "tdpo_kl", "simpo_length", "implicit_explicit", "variants_by_start")
+         "tdpo_kl", "simpo_length", "implicit_explicit", "variants_by_start", "grokking_tickets")
 FOLDER = "reproductions"
 
 

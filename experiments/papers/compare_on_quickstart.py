@@ -5,7 +5,7 @@
     python experiments/papers/compare_on_quickstart.py --out FOLDER --quick             # two losses, few updates
 
 Every loss: 4 strengths by 2 learning rates by 3 paired seeds, 24 runs as one compiled program, each measured after
-6, 12, 24 and 48 updates of 16 pairs (of every prompt the pair whose rewards differ most). Strengths are not comparable
+6, 12, 24 and 48 updates of 32 pairs (of every prompt the pair whose rewards differ most). Strengths are not comparable
 between losses, so each has its own four (ENTRIES says why those), and losses are compared at the KL that they spend: 1,
 3 and 10 nats from the SFT model, on completions of held-out prompts. The setting that is reported for a seed is the
 best on the other two seeds.

@@ -13,15 +13,17 @@ Here: statements of five words and an answer of one token out of five whose stre
 decoder of the library (2 layers, width 32) is fitted to them; RMSProp 1e-4 on one prompt for each of the 20 ordered
 pairs of answers. Then 96 pairs of answers with five words of explanation, drawn from the fitted model; the second of
 a pair is the first with a share of its tokens, 15 to 100 %, taken from another draw. Each pair is trained alone for 10
-updates of DPO (SGD 1e-3), and sets of 32 pairs together for 60 (SGD 1e-2). 4 seeds. Tried before: two independent
+updates of DPO (SGD 1e-3), and sets of 32 pairs together for 120 (SGD 1e-3). 4 seeds. Tried before: two independent
 draws per pair, of unequal length, whose completions have hardly a token in common, gave no correlation (-0.10); with
-Adam 3e-4 all sets fall by 2 to 6 nats within 60 updates, and CHES does not order them. The set of the lowest CHES,
-which has the largest gradients, diverges after 40 updates in one seed.
+Adam 3e-4 all sets fall by 2 to 6 nats within 60 updates, and CHES does not order them; with SGD 1e-2 and 3e-3 the set
+of the lowest CHES, which has the largest gradients, became unstable after 40 of 60 updates in one seed, and with 1e-3
+begins to in the last of the 120.
 
 Command: python -m experiments.papers.likelihood_displacement
 
-Small models: the mechanism, that what No and Never share is pushed along with Never. CHES ranks the pairs, weakly; that
-filtering by it mitigates the displacement of a set is not reproduced, in any of the ways tried. The strengths of the
+Small models: the mechanism, that what No and Never share is pushed along with Never. CHES ranks the pairs, weakly, and
+sets filtered by it, as long as steps are small, in the published order. But the mean chosen rises in every set here, so
+that there is no displacement of a set to mitigate, and pairs left out of training gain nothing. The strengths of the
 answers are built into the data; in a language model they come from its text, and its size decides how far No falls.
 
 At scale: `alignax score PAIRS --model MODEL --by ches --keep lowest:0.05 --out LOW` and `--keep highest:0.05`, then
@@ -49,7 +51,7 @@ ASK, NEVER = texts.EXTRA, texts.EXTRA + 1
 NO, YES = NEVER + 1, NEVER + 3
 VOCAB = NEVER + len(ANSWERS)
 CONFIG = texts.decoder(VOCAB)
-LENGTH, EXPLAIN, PAIRS, KEPT = 5, 5, 96, 32
+LENGTH, EXPLAIN, PAIRS, KEPT, TOGETHER = 5, 5, 96, 32, 120
 SUBSETS = ("all", "lowest CHES", "random", "highest CHES")
 
 
@@ -145,8 +147,8 @@ def run(out_folder: str | Path, quick: bool = False) -> dict[str, Any]:
                              (rank >= count - same.sum() - kept) & ~same]).astype(jnp.float32)
         look = lambda p: texts.sums(CONFIG, p, pairs)[:, 0] - before
         together = jax.lax.map(lambda w: texts.train(
-            losses.get("dpo"), CONFIG, params, pairs, look=look, weights=w, steps=4 if quick else 60,
-            every=4 if quick else 6, lr=1e-2, optimiser=optax.sgd)[1], weights)
+            losses.get("dpo"), CONFIG, params, pairs, look=look, weights=w, steps=4 if quick else TOGETHER,
+            every=4 if quick else TOGETHER // 10, lr=1e-3, optimiser=optax.sgd)[1], weights)
         return normal, shift[:, -1] - shift[:, 0], same, weights, together
 
     normal, shift, same, weights, together = (np.asarray(x, np.float64) for x in jax.jit(
@@ -235,7 +237,7 @@ def _figure(folder: Path, grid: list, case: np.ndarray, change: dict, normal: np
     third.set_ylabel("change of log π(chosen), nats\n(the pair trained alone)")
     style.legend(third)
     own = (together * weights[:, :, None]).sum(-1) / weights.sum(-1)[..., None]
-    updates = np.linspace(0, 60, own.shape[2])
+    updates = np.linspace(0, TOGETHER, own.shape[2])
     for index, name in enumerate(SUBSETS):
         style.band(fourth, updates, own[:, index], colour=style.COLOURS[index], line=style.DASHES[index],
                    label=name if name == "all" else f"{name}, a third")

@@ -43,7 +43,7 @@ class Sizes:
     rates: tuple[float, ...] = (3e-4, 8e-4)
     seeds: int = 3
     marks: tuple[int, ...] = (6, 12, 24, 48)
-    pairs: int = 16
+    pairs: int = 32
     prompts: int = 80
     probe: int = 32
     best_of: int = 256

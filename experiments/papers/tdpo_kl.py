@@ -58,8 +58,8 @@ def sampled(key: jax.Array, params: Any, count: int) -> texts.Pairs:
     """Pairs of the policy's own completions; the one with more praise wins with probability sigmoid(difference)."""
     keys = jax.random.split(key, 4)
     prompts = reviews(keys[0], count, PROMPT)
-    both = [texts.sample(CONFIG, params, k, prompts, LENGTH) for k in keys[1:3]]
-    tokens, mask = (jnp.stack(x, 1) for x in zip(*both, strict=True))
+    both = jax.lax.map(lambda k: texts.sample(CONFIG, params, k, prompts, LENGTH), keys[1:3])
+    tokens, mask = (jnp.moveaxis(x, 0, 1) for x in both)
     reward = (texts.polarity(tokens) * mask).sum(-1)
     wins = jax.random.bernoulli(keys[3], jax.nn.sigmoid(reward[:, 0] - reward[:, 1]))
     order = jnp.where(wins[:, None], jnp.array([[0, 1]]), jnp.array([[1, 0]]))[..., None]
@@ -71,8 +71,8 @@ def sequential_kl(log_pi: jax.Array, ref_log: jax.Array, mask: jax.Array) -> jax
     return jnp.where(mask[..., 1:], (jnp.exp(ref_log) * (ref_log - log_pi)).sum(-1), 0).sum(-1)
 
 
-def member(key: jax.Array, start: Any, id: str, steps: int, every: int, count: int) -> dict[str, jax.Array]:
-    """Curves [T]: sequential KL on chosen and rejected, reward and KL(policy || ref) on fresh samples."""
+def member(key: jax.Array, start: Any, steps: int, every: int, count: int) -> dict[str, jax.Array]:
+    """Curves [METHODS, T]: sequential KL on chosen and rejected, reward and KL(policy || ref) on fresh samples."""
     data = sampled(jax.random.fold_in(key, 2), start, count)
     ref_log = texts.log_policy(CONFIG, start, data.tokens)
     fresh = reviews(jax.random.fold_in(key, 3), FRESH, PROMPT)
@@ -85,17 +85,18 @@ def member(key: jax.Array, start: Any, id: str, steps: int, every: int, count: i
         return {"chosen": found[0], "rejected": found[1], "spent": spent,
                 "reward": (texts.polarity(tokens) * mask).sum(-1).mean()}
 
-    return texts.train(losses.get(id, beta=BETA), CONFIG, start, data, look=look, steps=steps, every=every, lr=5e-4,
-                       batch=min(32, count), key=jax.random.fold_in(key, 5))[1]
+    methods = [losses.get(id, beta=BETA) for id in METHODS.values()]
+    return jax.lax.map(lambda which: texts.train(
+        methods, CONFIG, start, data, look=look, steps=steps, every=every, lr=5e-4, batch=min(32, count),
+        key=jax.random.fold_in(key, 5), which=which)[1], jnp.arange(len(METHODS)))
 
 
 def run(out_folder: str | Path, quick: bool = False) -> dict[str, Any]:
     """Figure and report; quick: one seed, few steps."""
     seeds, fitted, steps, every, count = (1, 20, 8, 4, 16) if quick else (4, 500, 200, 10, 256)
     keys = jax.random.split(jax.random.key(23), seeds)
-    params = jax.jit(lambda keys: jax.lax.map(lambda k: base(k, fitted), keys))(keys)
-    found = {name: jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(lambda x, i=id: jax.lax.map(
-        lambda y: member(*y, i, steps, every, count), x))((keys, params))) for name, id in METHODS.items()}
+    curves = harness.each(lambda key: member(key, base(key, fitted), steps, every, count), keys)
+    found = {name: {kind: x[:, i].astype(np.float64) for kind, x in curves.items()} for i, name in enumerate(METHODS)}
     gap = {name: np.abs(x["rejected"] - x["chosen"]) for name, x in found.items()}
     level = min(LEVEL, 0.9 * min(x["spent"][:, -1].min() for x in found.values()))
     at = {name: harness.at_kl(x["spent"], x["reward"], level) for name, x in found.items()}

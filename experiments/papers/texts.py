@@ -147,16 +147,18 @@ def value(loss: Loss, log_pi: jax.Array, ref_log: jax.Array, pairs: Pairs, hyper
     return reduce_terms(terms)[0]
 
 
-def train(loss: Loss, config: DecoderConfig, params: Any, pairs: Pairs, *, look: Callable[[Any], Any], steps: int,
-          every: int, lr: Any, hyper: Mapping[str, Any] | None = None, batch: int | None = None,
-          key: jax.Array | None = None, optimiser: Callable[[Any], Any] = optax.adam, weights: Any = None,
-          ) -> tuple[Any, Any]:
+def train(loss: Loss | Sequence[Loss], config: DecoderConfig, params: Any, pairs: Pairs, *,
+          look: Callable[[Any], Any], steps: int, every: int, lr: Any, hyper: Mapping[str, Any] | None = None,
+          batch: int | None = None, key: jax.Array | None = None, optimiser: Callable[[Any], Any] = optax.adam,
+          weights: Any = None, which: Any = 0) -> tuple[Any, Any]:
     """(parameters, look(parameters) before the first update and after every `every` ones, stacked on a first axis).
 
     The reference is the start. batch: pairs drawn with replacement for every update, all of them by default; weights
-    [N]: the pairs' weights in the loss, or in the draw where there is a batch.
+    [N]: the pairs' weights in the loss, or in the draw where there is a batch. Of several losses the number `which`,
+    which may be traced, is trained on: one program for all of them, as compiling takes longer than training.
     Raises ConfigError where `every` does not divide `steps`.
     """
+    losses = list(loss) if isinstance(loss, Sequence) else [loss]
     if steps % every:
         raise ConfigError(f"texts.train: every = {every} must divide steps = {steps}")
     key = jax.random.key(0) if key is None else key
@@ -172,14 +174,19 @@ def train(loss: Loss, config: DecoderConfig, params: Any, pairs: Pairs, *, look:
             rows = (jax.random.randint(here, (batch,), 0, count) if chance is None
                     else jax.random.categorical(here, chance, shape=(batch,)))
             data, ref, own = Pairs(*(x[rows] for x in pairs)), ref_log[rows], None
-        slope = jax.grad(lambda p: value(loss, log_policy(config, p, data.tokens), ref, data, hyper, own))(params)
+
+        def scalar(p):
+            log_pi = log_policy(config, p, data.tokens)
+            return jax.lax.switch(which, [lambda x, one=one: value(one, x, ref, data, hyper, own) for one in losses],
+                                  log_pi)
+
+        slope = jax.grad(scalar)(params)
         updates, memory = rule.update(slope, memory, params)
         return (optax.apply_updates(params, updates), memory), None
 
     def stretch(carry, first):
-        seen = look(carry[0])
-        return jax.lax.scan(update, carry, first + jnp.arange(every))[0], seen
+        return jax.lax.scan(update, carry, first + jnp.arange(every))[0], carry[0]
 
-    carry, seen = jax.lax.scan(stretch, (params, rule.init(params)), jnp.arange(0, steps, every))
-    last = look(carry[0])
-    return carry[0], jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), seen, last)
+    (last, _), path = jax.lax.scan(stretch, (params, rule.init(params)), jnp.arange(0, steps, every))
+    path = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), path, last)
+    return last, jax.lax.map(look, path)  # the parameters are few: kept, so that `look` is compiled once

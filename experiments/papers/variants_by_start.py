@@ -53,7 +53,7 @@ def requests(key: jax.Array, count: int) -> jax.Array:
     return jnp.concatenate([jnp.full((count, 1), texts.START), words, jnp.full((count, 1), ASK)], 1).astype(jnp.int32)
 
 
-def answers(key: jax.Array, prompts: jax.Array, agree: float) -> jax.Array:
+def answers(key: jax.Array, prompts: jax.Array, agree: Any) -> jax.Array:
     """[N, T]: the prompts, REPLY, and words of which that share of the polar ones praises."""
     count = prompts.shape[0]
     words = texts.words(key, jnp.ones(count), LENGTH, agree=agree)
@@ -70,7 +70,7 @@ def base(key: jax.Array, steps: int) -> Any:
     return texts.fit(CONFIG, key, rows.astype(jnp.int32), jnp.ones_like(rows, bool), steps=steps)
 
 
-def tuned(key: jax.Array, params: Any, agree: float, steps: int) -> Any:
+def tuned(key: jax.Array, params: Any, agree: Any, steps: int) -> Any:
     """Parameters after supervised training on 1,000 answers, the answer alone."""
     rows = answers(jax.random.fold_in(key, 1), requests(jax.random.fold_in(key, 2), 1000), agree)
     mask = jnp.broadcast_to(jnp.arange(rows.shape[1]) > TOPIC + 1, rows.shape)
@@ -96,34 +96,36 @@ def gold(key: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
     return (marked * (texts.polarity(tokens) * mask).sum(-1) / LENGTH).mean(), marked.mean()
 
 
-def member(key: jax.Array, start: Any, size: jax.Array, name: str, steps: int) -> tuple[jax.Array, jax.Array]:
-    """(gold score, share with the mark) after training on the first `size` pairs."""
-    id, hyper = METHODS[name]
+def begin(key: jax.Array, fitted: int, taught: int) -> tuple[Any, jax.Array]:
+    """(parameters of the STARTS on a first axis, their gold score and share with the mark [3, 2])."""
+    first = base(key, fitted)
+    both = jax.lax.map(lambda x: tuned(jax.random.fold_in(key, x[0]), first, x[1], taught),
+                       (jnp.array([1, 2]), jnp.array([0.6, 0.85])))
+    whole = jax.tree.map(lambda one, two: jnp.concatenate([one[None], two]), first, both)
+    return whole, jax.lax.map(lambda params: jnp.stack(gold(jax.random.fold_in(key, 9), params)), whole)
+
+
+def member(key: jax.Array, start: Any, size: jax.Array, which: jax.Array, steps: int) -> jax.Array:
+    """Gold score and share with the mark [2] after training by the method of number `which` on the first `size` pairs.
+    """
+    methods = [losses.get(id, **hyper) for id, hyper in METHODS.values()]
     data = preferences(jax.random.fold_in(key, 7), SIZES[-1])
     weights = (jnp.arange(SIZES[-1]) < size).astype(jnp.float32)  # one program for all sizes
-    params = texts.train(losses.get(id, **hyper), CONFIG, start, data, look=lambda p: jnp.zeros(()), steps=steps,
-                         every=steps, lr=5e-4, batch=16, weights=weights, key=jax.random.fold_in(key, 8))[0]
-    return gold(jax.random.fold_in(key, 9), params)
+    params = texts.train(methods, CONFIG, start, data, look=lambda p: jnp.zeros(()), steps=steps, every=steps, lr=5e-4,
+                         batch=16, weights=weights, key=jax.random.fold_in(key, 8), which=which)[0]
+    return jnp.stack(gold(jax.random.fold_in(key, 9), params))
 
 
 def run(out_folder: str | Path, quick: bool = False) -> dict[str, Any]:
     """Figure and report; quick: one seed, few steps."""
     seeds, fitted, taught, steps = (1, 10, 4, 4) if quick else (3, 500, 300, 240)
     keys = jax.random.split(jax.random.key(26), seeds)
-
-    def begin(key):
-        first = base(key, fitted)
-        both = [tuned(jax.random.fold_in(key, 1 + i), first, agree, taught) for i, agree in enumerate((0.6, 0.85))]
-        whole = jax.tree.map(lambda *x: jnp.stack(x), first, *both)
-        return whole, jnp.stack([jnp.stack(gold(jax.random.fold_in(key, 9), p)) for p in (first, *both)])
-
-    starts, before = jax.jit(lambda keys: jax.lax.map(begin, keys))(keys)  # [S, 3, ...]
-    before = np.asarray(before, np.float64)
-    sizes, found = jnp.array(SIZES), {}
-    for name in METHODS:
-        grid = jax.jit(lambda x, n=name: jax.lax.map(lambda y: jax.lax.map(lambda p: jax.lax.map(
-            lambda s: jnp.stack(member(y[0], p, s, n, steps)), sizes), y[1]), x))
-        found[name] = np.asarray(grid((keys, starts)), np.float64)  # [S, start, size, 2]
+    starts, before = harness.each(lambda key: begin(key, fitted, taught), keys)  # [S, 3, ...]
+    shape = (seeds, len(STARTS), len(METHODS), len(SIZES))
+    seed, place, method, size = (x.reshape(-1) for x in np.indices(shape))
+    scored = harness.each(lambda *x: member(*x, steps), keys[seed], jax.tree.map(lambda x: x[seed, place], starts),
+                          np.array(SIZES)[size], method).astype(np.float64).reshape(*shape, 2)
+    before, found = before.astype(np.float64), {name: scored[:, :, i] for i, name in enumerate(METHODS)}
     path = _figure(found, before, Path(out_folder))
     score = {name: x[..., 0] for name, x in found.items()}
     gain = {name: x - before[:, :, None, 0] for name, x in score.items()}
