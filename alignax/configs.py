@@ -89,11 +89,13 @@ def sample_stage(**over) -> ConfigDict:
 
     prompts: a file of prompt records, `builtin:stories` or `builtin:openings`. pairs: best_worst, random, all.
     label_scale: the chosen one wins with probability sigmoid(scale * score difference). unseen: how many of the K
-    completions are kept out of the pairs, to be watched during training.
+    completions are kept out of the pairs, to be watched during training. batch_size: prompts at a time. lanes: 0, or
+    how many of a batch's completions are in work at once at most; one that ends makes room for the next, which pays
+    where lengths differ much, in batches of several times that many (docs/scaling.md).
     """
     stage = ConfigDict(dict(
         kind="sample", policy="previous", prompts="builtin:stories", num_prompts=256, num_samples=8, unseen=1,
-        max_new_tokens=48, temperature=1.0, top_p=1.0, batch_size=64, reward="lexicon", pairs="best_worst",
+        max_new_tokens=48, temperature=1.0, top_p=1.0, batch_size=64, lanes=0, reward="lexicon", pairs="best_worst",
         label_scale=1.0, max_prompt=0, seed_offset=0))
     stage.update(over)
     return stage
@@ -103,10 +105,11 @@ def evaluate_stage(**over) -> ConfigDict:
     """A stage that samples held-out prompts from every policy and from the baseline, and compares them.
 
     The result names the first policy with win rate >= target_win_rate at <= target_kl nats, else the best one.
+    batch_size and lanes: as in sample_stage.
     """
     stage = ConfigDict(dict(
         kind="evaluate", policies=(), baseline="", prompts="builtin:stories", num_prompts=512, max_new_tokens=48,
-        temperature=1.0, top_p=1.0, batch_size=128, reward="lexicon", target_win_rate=0.85, target_kl=8.0,
+        temperature=1.0, top_p=1.0, batch_size=128, lanes=0, reward="lexicon", target_win_rate=0.85, target_kl=8.0,
         examples=4, max_prompt=0))
     stage.update(over)
     return stage
@@ -182,6 +185,8 @@ def check(config: ConfigDict) -> None:
             if stage.optim.master and config.model.dtype == "float32":
                 raise ConfigError(f"{where}.optim.master=True keeps float32 copies of narrower parameters, but "
                                   "config.model.dtype='float32'; allowed: False, or model.dtype='bfloat16'")
+        else:
+            _check_counts(stage, where)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -225,6 +230,17 @@ def _check_idle(stage: ConfigDict, requests: tuple[str, ...], where: str) -> Non
     if stage.data.aux_prompt and "aux_prompt" not in {REQUESTS[name].stream for name in requests}:
         raise ConfigError(f"{where}.data.aux_prompt={stage.data.aux_prompt!r} has no effect with the loss "
                           f"{stage.loss.name!r}, which asks for no completions behind another prompt; allowed: ''")
+
+
+_LEAST = {"num_prompts": 1, "num_samples": 1, "max_new_tokens": 1, "batch_size": 1, "lanes": 0}
+
+
+def _check_counts(stage: ConfigDict, where: str) -> None:
+    """Of a stage that draws completions."""
+    for key, least in _LEAST.items():
+        found = stage.get(key, least)
+        if isinstance(found, bool) or not isinstance(found, int) or found < least:
+            raise ConfigError(f"{where}.{key}={found!r}; allowed: an integer, {least} or more")
 
 
 def _one_of(stage: ConfigDict, key: str, allowed: tuple[str, ...], where: str) -> None:

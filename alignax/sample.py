@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -69,51 +70,93 @@ def _check_fit(ctx: Context, label: str, prompts, max_new_tokens: int) -> None:
                           f"model's {limit} positions")
 
 
+class Job(NamedTuple):
+    """Completions that a stage asks for. policy: a train stage, or `model`; prompts: (id, token ids); salt separates
+    the draws of a run; settings: the other arguments of `draw`."""
+
+    label: str
+    policy: str
+    prompts: list[tuple[str, np.ndarray]]
+    salt: int
+    settings: dict[str, Any]
+
+
 def draw(ctx: Context, label: str, params, prompts, *, num_samples: int, max_new_tokens: int, temperature: float,
-         top_p: float, batch_size: int, salt: int) -> tuple[Rollouts, list[list[str]]]:
-    """Samples and decodes completions of (id, ids) prompts, with a progress line; `salt` separates the draws."""
+         top_p: float, batch_size: int, salt: int, lanes: int = 0) -> tuple[Rollouts, list[list[str]]]:
+    """Samples and decodes completions of (id, ids) prompts, with a progress line; `salt` separates the draws, lanes as
+    in sources.rollout."""
     _check_fit(ctx, label, prompts, max_new_tokens)
-    numbers = [data.record_number(name) for name, _ in prompts]
-    key = jax.random.fold_in(jax.random.key(ctx.seed), salt)
     with metrics_lib.progress(ctx.console) as bar:
         task = bar.add_task(label, total=len(prompts), numbers="")
 
         def advance(count: int) -> None:
             bar.advance(task, count)
-            if distributed.stop_now(ctx.stop.requested):
-                raise Preempted(f"stopped while sampling for {label}; run the same command again")
+            stop_here(ctx, label)
 
-        out = rollout(ctx.spec.config, params["model"], [ids for _, ids in prompts], numbers, key,
-                      num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                      eos_ids=sorted(ctx.text.eos_ids), pad_id=ctx.text.pad_id, batch_size=batch_size,
-                      advance=advance)
-    texts = [[ctx.tokenizer.decode_completion(ids.tolist(), [int(t) for t in c if int(t) not in ctx.text.eos_ids])
-              for c in row] for (_, ids), row in zip(prompts, out.tokens, strict=True)]
-    return out, texts
+        out = rollout(ctx.spec.config, params["model"], [ids for _, ids in prompts], numbers_of(prompts),
+                      key_of(ctx, salt), num_samples=num_samples, max_new_tokens=max_new_tokens,
+                      temperature=temperature, top_p=top_p, eos_ids=sorted(ctx.text.eos_ids), pad_id=ctx.text.pad_id,
+                      batch_size=batch_size, lanes=lanes, advance=advance)
+    return out, decoded(ctx, prompts, out)
 
 
-def run(ctx: Context, name: str, *, policy: str, prompts: str, num_prompts: int, num_samples: int, unseen: int,
-        max_new_tokens: int, temperature: float, top_p: float, batch_size: int, reward: str, pairs: str,
-        label_scale: float, max_prompt: int, seed_offset: int) -> dict:
+def stop_here(ctx: Context, label: str) -> None:
+    """Raises Preempted where the run has been asked to stop."""
+    if distributed.stop_now(ctx.stop.requested):
+        raise Preempted(f"stopped while sampling for {label}; run the same command again")
+
+
+def numbers_of(prompts) -> list[int]:
+    """The record numbers of (id, ids) prompts, from which their draws' keys are folded."""
+    return [data.record_number(name) for name, _ in prompts]
+
+
+def key_of(ctx: Context, salt: int) -> jax.Array:
+    """The key of the run's draws with this salt."""
+    return jax.random.fold_in(jax.random.key(ctx.seed), salt)
+
+
+def decoded(ctx: Context, prompts, out: Rollouts) -> list[list[str]]:
+    """The texts of the completions of (id, ids) prompts."""
+    return [[ctx.tokenizer.decode_completion(ids.tolist(), [int(t) for t in c if int(t) not in ctx.text.eos_ids])
+             for c in row] for (_, ids), row in zip(prompts, out.tokens, strict=True)]
+
+
+def run(ctx: Context, name: str, **section) -> dict:
     """Writes pairs.jsonl (text, ids, scores, the unseen completions) in the stage's folder; returns counts.
 
-    A tenth of the prompts goes to the evaluation split. Pairs whose two texts are identical are left out and counted.
+    section: the stage's settings (configs.sample_stage) but its kind; policy: a train stage, or `model`. A tenth of the
+    prompts goes to the evaluation split. Pairs whose two texts are identical are left out and counted.
     """
+    job = ask(ctx, name, **section)
+    return tell(ctx, name, job, *draw(ctx, job.label, ctx.params_of(job.policy), job.prompts, salt=job.salt,
+                                      **job.settings), **section)
+
+
+def ask(ctx: Context, name: str, *, policy: str, prompts: str, num_prompts: int, num_samples: int, unseen: int,
+        max_new_tokens: int, temperature: float, top_p: float, batch_size: int, lanes: int, reward: str,
+        max_prompt: int, seed_offset: int, **_) -> Job:
+    """What the stage has to draw."""
     _check_unseen(name, unseen, num_samples)
-    score = reward_fn(reward)
-    chosen_prompts = load_prompts(ctx, prompts, split="train", n=num_prompts, max_prompt=max_prompt)
-    out, texts = draw(ctx, name, ctx.params_of(policy), chosen_prompts, num_samples=num_samples,
-                      max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size,
-                      salt=1000 + seed_offset)
-    scores = score([t for row in texts for t in row]).reshape(len(texts), num_samples)
+    reward_fn(reward)
+    chosen = load_prompts(ctx, prompts, split="train", n=num_prompts, max_prompt=max_prompt)
+    return Job(name, policy, chosen, 1000 + seed_offset, dict(
+        num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        batch_size=batch_size, lanes=lanes))
+
+
+def tell(ctx: Context, name: str, job: Job, out: Rollouts, texts: list[list[str]], *, num_samples: int, unseen: int,
+         reward: str, pairs: str, label_scale: float, seed_offset: int, **_) -> dict:
+    """Scores and labels what was drawn, writes the pairs, returns the counts."""
+    scores = reward_fn(reward)([t for row in texts for t in row]).reshape(len(texts), num_samples)
     used = num_samples - unseen
     made = rewards.bradley_terry_pairs(scores[:, :used], np.random.default_rng([ctx.seed, seed_offset, 11]),
                                        scale=label_scale, strategy=pairs, texts=[row[:used] for row in texts])
     path = ctx.stage_dir(name) / "pairs.jsonl"
     if distributed.is_main():
-        _write_pairs(ctx, path, made, chosen_prompts, texts, out, scores, used)
+        _write_pairs(ctx, path, made, job.prompts, texts, out, scores, used)
     distributed.await_file(path)
-    counts = {"prompts": len(chosen_prompts), "completions": int(out.finished.size), "pairs": len(made.prompt),
+    counts = {"prompts": len(job.prompts), "completions": int(out.finished.size), "pairs": len(made.prompt),
               "identical_left_out": int(made.identical), "unfinished": int((~out.finished).sum()),
               "reward_mean": float(scores.mean()), "reward_sd": float(scores.std()),
               "label_agreement": float(np.mean([scores[i, w] >= scores[i, r] for i, w, r in

@@ -180,12 +180,18 @@ def apply_stage(ctx: context.Context, name: str, stage: ConfigDict, previous: st
                 kept: dict | None = None) -> dict[str, Any]:
     """Runs a stage that trains nothing (sample, evaluate); returns its result. previous: the train stage before it;
     kept: for evaluate.run."""
+    plain = settled(stage, previous)
+    return sample.run(ctx, name, **plain) if stage.kind == "sample" else evaluate.run(ctx, name, kept=kept, **plain)
+
+
+def settled(stage: ConfigDict, previous: str) -> dict[str, Any]:
+    """The settings of a sample or evaluate stage, with the train stage before it where they say `previous`."""
     plain = stage.to_dict()
     plain.pop("kind")
     for key in ("policy", "baseline"):
         if plain.get(key) in ("previous", ""):
             plain[key] = previous
-    return sample.run(ctx, name, **plain) if stage.kind == "sample" else evaluate.run(ctx, name, kept=kept, **plain)
+    return plain
 
 
 def summarise(config: ConfigDict, results: Mapping[str, Any]) -> dict[str, Any]:

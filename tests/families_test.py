@@ -344,8 +344,8 @@ def test_a_window_of_three_reads_the_token_itself_and_two_before():
     config = families.read_config(RAW["mistral"] | dict(num_hidden_layers=1), "config.json")
     assert config.windows == (3,) and CONFIGS["qwen2"].windows == (0, 3)  # Qwen2: from max_window_layers on
     position = jnp.arange(6, dtype=jnp.int32)[None]
-    view = _views(config, position, attention_mask(position * 0 + 1, position * 0 + 1), distance(position, position),
-                  jnp.float32)[3]
+    view = _views(config, position, attention_mask(position * 0 + 1, position * 0 + 1),
+                  lambda: distance(position, position), jnp.float32)[3]
     assert [np.flatnonzero(row).tolist() for row in np.asarray(view.mask[0])] == [
         [0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
 

@@ -91,7 +91,7 @@ def test_devices_come_by_name_with_numbers():
 
 def test_a_step_is_bound_by_the_largest_of_three():
     parts = dict(parameters=10, frozen=0, reference=4, gradients=6, optimizer=20, temporaries=100, total=90)
-    measured = {"bytes": parts, "flops": {"compiled": 80.0, "traced": 1.0}, "passes": 2,
+    measured = {"bytes": parts, "flops": {"compiled": 80.0, "traced": 1.0}, "reads": {"policy": 2, "reference": 1},
                 "collectives": {"all-gather": {"wire": 30.0}}}
     device = planning.device("peak=10,memory=100,bandwidth=2,link=1")
     time = planning.step_time(measured, device, "float32")

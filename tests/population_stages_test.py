@@ -106,7 +106,7 @@ def test_members_train_on_samples_of_their_own(pairs, tmp_path):
 
 
 def test_generation_maps_over_members():
-    """Sample stages draw member by member; for a program of one's own, generation may be mapped over N."""
+    """For a program of one's own; stages of a population: population_generate_test."""
     spec, _ = context.load_model(tiny_base(("m",)).model.to_dict(), vocab_size=20, seed=0)
     every = [context.load_model(tiny_base(("m",)).model.to_dict(), vocab_size=20, seed=s)[1]["model"] for s in (1, 2)]
     prompts, keys = np.asarray([[0, 3, 4], [5, 6, 7]], np.int32), jax.random.split(jax.random.key(0), 2)

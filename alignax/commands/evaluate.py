@@ -34,6 +34,7 @@ def add(commands) -> None:
                         help="also score the texts by this reward (a wrong name lists them)")
     parser.add_argument("--generate", action="store_true", help="sample completions of the prompts and compare them")
     parser.add_argument("--samples", type=int, default=1, help="with --generate: completions per prompt (default 1)")
+    generate.add_lanes(parser, "with --generate: ")
     parser.add_argument("--out", metavar="FILE", help="write one JSON line per completion to this new file")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object and nothing else")
     rules.add_arguments(parser, max_new_tokens=NEW_TOKENS)
@@ -125,6 +126,7 @@ class _Work:
             out = sources.rollout(self.policy.spec.config, params["model"], [r.prompt for r in records],
                                   [r.number for r in records], key,
                                   num_samples=self.arguments.samples, batch_size=self.arguments.batch_size,
+                                  lanes=self.arguments.lanes,
                                   advance=lambda count: bar.advance(task, count), **settings)
         ends, decode = self.policy.text.eos_ids, self.policy.tokenizer.decode_completion
         return out, [[decode(r.prompt.tolist(), [int(t) for t in ids if int(t) not in ends]) for ids in row]
@@ -136,15 +138,16 @@ def _check(arguments) -> bool:
     from alignax.types import ConfigError
 
     given.check(arguments)
-    if arguments.samples < 1:
-        raise ConfigError(f"--samples={arguments.samples}; allowed: 1 or more")
+    for flag, low in (("samples", 1), ("lanes", 0)):
+        if getattr(arguments, flag) < low:
+            raise ConfigError(f"--{flag}={getattr(arguments, flag)}; allowed: {low} or more")
     decoding = argparse.ArgumentParser()
     rules.add_arguments(decoding, max_new_tokens=NEW_TOKENS)
-    usual = vars(decoding.parse_args([])) | {"samples": 1}
+    usual = vars(decoding.parse_args([])) | {"samples": 1, "lanes": 0}
     changed = [name for name, value in usual.items() if getattr(arguments, name) != value]
     if changed and not arguments.generate:
         raise ConfigError(f"--{changed[0].replace('_', '-')}: goes with --generate")
-    return not set(changed) - {"max_new_tokens", "stop", "seed", "samples"}
+    return not set(changed) - {"max_new_tokens", "stop", "seed", "samples", "lanes"}
 
 
 def _reward_head(policy: policies.Policy) -> dict[str, Any]:

@@ -30,10 +30,18 @@ def add(commands) -> None:
                         help="with --chat: chatml, plain, hh, a Jinja file or a folder (default: the model's own)")
     parser.add_argument("--system", default="", metavar="TEXT", help="with --chat: the system's turn")
     parser.add_argument("--batch-size", type=int, default=BATCH, help=f"prompts at a time (default {BATCH})")
+    add_lanes(parser)
     parser.add_argument("--out", metavar="FILE", help="write JSON lines to this file, which must not exist")
     parser.add_argument("--json", action="store_true", help="print one JSON object per completion")
     rules.add_arguments(parser, max_new_tokens=64)
     parser.set_defaults(execute=run)
+
+
+def add_lanes(parser, where: str = "") -> None:
+    """Declares --lanes."""
+    parser.add_argument("--lanes", type=int, default=0, metavar="N",
+                        help=f"{where}at most N completions of a batch in work at once, one that ends makes room for "
+                             "the next: faster where lengths differ much (default 0: all until the longest ends)")
 
 
 class _Prompt(NamedTuple):
@@ -53,9 +61,10 @@ def run(arguments, console) -> int:
     from alignax import metrics, rollout, sources
     from alignax.types import ConfigError
 
-    for flag, value in (("samples", arguments.samples), ("batch-size", arguments.batch_size)):
-        if value < 1:
-            raise ConfigError(f"--{flag}={value}; allowed: 1 or more")
+    for flag, value, low in (("samples", arguments.samples, 1), ("batch-size", arguments.batch_size, 1),
+                             ("lanes", arguments.lanes, 0)):
+        if value < low:
+            raise ConfigError(f"--{flag}={value}; allowed: {low} or more")
     for flag, value in (("template", arguments.template), ("system", arguments.system)):
         if value and not arguments.chat:
             raise ConfigError(f"--{flag}={value}: goes with --chat")
@@ -68,7 +77,7 @@ def run(arguments, console) -> int:
         task = bar.add_task("prompts", total=len(prompts), numbers="")
         out = sources.rollout(policy.spec.config, policy.params["model"], [p.ids for p in prompts],
                               [p.number for p in prompts], jax.random.key(arguments.seed),
-                              num_samples=arguments.samples, batch_size=arguments.batch_size,
+                              num_samples=arguments.samples, batch_size=arguments.batch_size, lanes=arguments.lanes,
                               advance=lambda count: bar.advance(task, count), **settings)
     rows = []
     for i, prompt in enumerate(prompts):

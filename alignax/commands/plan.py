@@ -218,6 +218,9 @@ def _show(console, report, device, budget: int) -> None:
     for key, label in _PARTS:
         table.add_row(label, _bytes(report["bytes"][key]))
     console.print(table)
+    passes = "; ".join(f"{stream}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in one.items() if n)
+                       for stream, one in report["passes"].items())
+    console.print(f"passes of an update: {passes}", highlight=False)
     flops = report["flops"]
     table = Table("one device, one update", "", title="arithmetic", title_justify="left")
     for key, label in (("analytic", "by formula"), ("traced", "products of the traced program"),

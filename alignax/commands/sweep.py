@@ -71,8 +71,13 @@ def add(commands) -> None:
                         help="backend population: end the training of a member after so many evaluations in a row that "
                              "are no better than its best, as in metric=loss,mode=min,patience=3; it goes on with its "
                              "later stages. `sweep.early_stop` in the config file says the same")
+    parser.add_argument("--generate", choices=("auto", "together", "apart"), default="auto",
+                        help="backend population: whether sample and evaluate stages of members that draw alike run as "
+                             "one program too (together), or member by member on each device (apart); auto, the "
+                             "default: together on accelerators, apart on CPUs")
     parser.add_argument("--dry-run", action="store_true",
-                        help="check and print the members, their groups and an estimate of the cost; start nothing")
+                        help="check and print the members, their groups and an estimate of the cost, with the updates "
+                             "that --halving leaves; start nothing")
     parser.add_argument("--no-estimate", action="store_true", help="leave the timed step of --dry-run out")
     parser.add_argument("--history", action="store_true", help="also write all members' metrics into history.jsonl")
     parser.set_defaults(execute=run)
@@ -97,7 +102,7 @@ def run(arguments, console) -> int:
     known = sweep.claim(folder, work.plan())
     if arguments.dry_run:
         work.ask(sweep.gather(folder) if known else [])
-        _show_plan(work.members, folder, base, console, estimate=not arguments.no_estimate)
+        _show_plan(work, folder, base, console, estimate=not arguments.no_estimate)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     with presence.locked(folder) as note:
@@ -274,15 +279,17 @@ def _population(work: _Work, left: set[str], folder: pathlib.Path, console,
             # What a population reports of a member (bad input, a step that is not finite) comes out the same again.
             ended(name, result.error, True)
 
-    population.run(work.members, folder, console=console, seeds=work.base, ended=told, **work.rules)
+    population.run(work.members, folder, console=console, seeds=work.base, ended=told,
+                   generate=work.arguments.generate, **work.rules)
 
 
-def _show_plan(members: Sequence[Any], folder: pathlib.Path, base: str, console, *, estimate: bool) -> None:
+def _show_plan(work: _Work, folder: pathlib.Path, base: str, console, *, estimate: bool) -> None:
     """The table of --dry-run: every member with its factors, its group and its state; what is shared; the cost."""
     from rich.table import Table
 
     from alignax import population, sweep
 
+    members = work.members
     groups = population.groups(members)
     number = {name: str(i) for i, held in enumerate(groups) for name in held}
     factors = list(dict.fromkeys(key for m in members for key in m.factors))
@@ -300,7 +307,7 @@ def _show_plan(members: Sequence[Any], folder: pathlib.Path, base: str, console,
                       highlight=False)
     left = sweep.left(folder, members)
     if estimate and left:
-        for line in sweep_cost.estimate(left, bases, console):
+        for line in sweep_cost.estimate(left, bases, console, halving=work.rules["halving"]):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

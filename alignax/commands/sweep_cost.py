@@ -14,41 +14,51 @@ _REPEATS = 3
 _PROMPT = 16
 
 
-def estimate(members: Sequence[Any], bases: Sequence[Any], console) -> list[str]:
+def estimate(members: Sequence[Any], bases: Sequence[Any], console, *, halving: Any = None) -> list[str]:
     """Lines that tell the seconds of training of `members`, one after another, or why they are not known.
 
-    bases: the stages that members share (population.bases). Sampling, evaluation and compilation are left out.
+    bases: the stages that members share (population.bases). halving: a population.Halving, of which the updates that
+    it leaves are counted. Sampling, evaluation and compilation are left out, and so is what early stopping saves.
     """
     from alignax import population
-    from alignax.population.structure import plain_of
+    from alignax.population.rules import applies
+    from alignax.population.structure import plain_of, seedless
 
-    jobs: dict[str, dict[str, Any]] = {}  # structure of a stage -> an example, and how many runs of it there are
+    # (structure of a stage, where it stands to the one with rungs) -> an example, and the settings of its runs
+    jobs: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def note(config, stages) -> None:
+    def note(config, stages, rule) -> None:
         plain = plain_of(config)
         for name in stages:
             if config[name].kind == "train":
-                entry = jobs.setdefault(population.signature(plain, name), {"config": config, "stage": name, "runs": 0})
-                entry["runs"] += 1
+                halved = [s for s in plain["stages"][:plain["stages"].index(name) + 1] if applies(rule, s, plain)]
+                rung = "" if not halved else "at" if halved[0] == name else "after"
+                entry = jobs.setdefault((population.signature(plain, name), rung), {
+                    "config": config, "stage": name, "units": []})
+                entry["units"].append(seedless(plain))
 
     shared: dict[str, tuple[str, ...]] = {}
     for base in bases:
-        note(base.config, base.stages)
+        note(base.config, base.stages, None)
         shared |= dict.fromkeys(base.members, base.stages)
     for member in members:
-        note(member.config, [s for s in member.config.stages if s not in shared.get(member.name, ())])
+        note(member.config, [s for s in member.config.stages if s not in shared.get(member.name, ())], halving)
     if len(jobs) > MOST_STRUCTURES:
         return [f"no estimate: {len(jobs)} structures of train stages; up to {MOST_STRUCTURES} are timed"]
     lines, total, unknown = [], 0.0, 0
-    for entry in jobs.values():
-        text = f"{entry['stage']} ({entry['config'][entry['stage']].loss.name}), {entry['runs']} runs"
+    for (_, rung), entry in jobs.items():
+        text = f"{entry['stage']} ({entry['config'][entry['stage']].loss.name}), {len(entry['units'])} runs"
         seconds, steps, why = _timed(entry["config"], entry["stage"], console)
         if why:
             lines.append(f"{text}: not timed: {why}")
             unknown += 1
             continue
-        total += seconds * steps * entry["runs"]
-        lines.append(f"{text}: {steps} updates of {seconds * 1e3:.1f} ms")
+        updates = whole = steps * len(entry["units"])
+        if rung:
+            updates = halving.updates(steps, entry["units"], after=rung == "after")
+        total += seconds * updates
+        lines.append(f"{text}: {steps} updates of {seconds * 1e3:.1f} ms"
+                     + (f"; halving leaves {updates} of {whole}" if updates < whole else ""))
     lines.append(f"training alone, one update after another on this machine: about {_span(total)}"
                  + (f", and {unknown} stages not timed" if unknown else "")
                  + "; a population takes less, sampling and evaluation come on top")
@@ -74,7 +84,8 @@ def _timed(config, name: str, console) -> tuple[float, int, str]:
         return 0.0, 0, str(error)
     shape = needed["shape"]
     flops = planning.update_flops(spec.config, stage.batch_size * shape.rows, shape.T, stage.batch_size * shape.K
-                                  * shape.L, reference=stage.reference == "frozen", remat=spec.remat)
+                                  * shape.L, loss.requests, reference=stage.reference, remat=spec.remat,
+                                  accumulation=stage.accumulation, lora=stage.lora.rank > 0)
     if flops > MOST_FLOPS:
         return 0.0, 0, f"an update is {flops:.1e} FLOP, over {MOST_FLOPS:.0e}; see alignax plan"
     adapters = models.AdapterConfig(**stage.lora.to_dict()) if stage.lora.rank else None

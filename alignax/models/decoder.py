@@ -108,9 +108,10 @@ def _embed(config: DecoderConfig, params: Params, tokens: Array, position: Array
     return x
 
 
-def _views(config: DecoderConfig, position: Array, mask: Array, dist: Array | None, dtype) -> dict[int, View]:
-    """Window -> what layers with that window see; one entry for most families. dist: [R,T,S], None where unneeded."""
-    views = {}
+def _views(config: DecoderConfig, position: Array, mask: Array, between: Callable[[], Array], dtype) -> dict[int, View]:
+    """Window -> what layers with that window see; one entry for most families. between: makes the distances [R,T,S],
+    which windows and ALiBi need."""
+    views, dist = {}, between() if config.windows or config.positions == "alibi" else None
     for window in sorted(set(config.layer_windows)):
         cos = sin = None
         if config.positions == "rope":
@@ -118,10 +119,6 @@ def _views(config: DecoderConfig, position: Array, mask: Array, dist: Array | No
         views[window] = View(cos, sin, mask & (dist < window) if window else mask,
                              dist if config.positions == "alibi" else None)
     return views
-
-
-def _needs_distance(config: DecoderConfig) -> bool:
-    return bool(config.windows) or config.positions == "alibi"
 
 
 @functools.lru_cache(maxsize=64)
@@ -185,10 +182,10 @@ def forward(config: DecoderConfig, params: Params, tokens: Array, segment: Array
     table = params["embedding"] if sharding is None else jax.lax.with_sharding_constraint(
         params["embedding"], jax.sharding.NamedSharding(sharding.mesh, _WHOLE_ROWS))
     x = placed(_embed(config, params | {"embedding": table}, tokens, position))
-    dist = distance(position, position) if _needs_distance(config) else None
     flat = sharding is None or len(sharding.spec) < 2 or sharding.spec[1] is None
+    views = _views(config, position, attention_mask(segment, prefix), lambda: distance(position, position), x.dtype)
     views = {window: view._replace(reader=make_reader(attention, view.mask, sharding, interpret=interpret), flat=flat)
-             for window, view in _views(config, position, attention_mask(segment, prefix), dist, x.dtype).items()}
+             for window, view in views.items()}
 
     def apply(window: int, looped: bool):
         run = lambda x, stacked: _merge_layer(config, stacked[0])(x, views[window], stacked[1])[0]
@@ -222,8 +219,7 @@ def forward_edited(config: DecoderConfig, params: Params, tokens: Array, segment
     For analyses: an edit may also keep what it is given. Layers are unrolled, attention is plain.
     """
     x = _embed(config, params, tokens, position)
-    dist = distance(position, position) if _needs_distance(config) else None
-    views = _views(config, position, attention_mask(segment, prefix), dist, x.dtype)
+    views = _views(config, position, attention_mask(segment, prefix), lambda: distance(position, position), x.dtype)
     for number, window in enumerate(config.layer_windows):
         layer = _merge_layer(config, _layer(params["layers"], number))
         x, _ = layer(x, views[window], edit=functools.partial(edit, number))
@@ -304,11 +300,12 @@ def decode_step(config: DecoderConfig, params: Params, tokens: Array, position: 
     x = _embed(config, params, tokens, position)
     own = jnp.atleast_1d(cache_index)[:, None] + jnp.arange(tokens.shape[1])[None]
     mask = key_valid[:, None, :] & (jnp.arange(slots)[None, None, :] <= own[:, :, None])
-    dist = None
-    if _needs_distance(config):
+
+    def between():
         count = jnp.cumsum(key_valid, axis=1, dtype=jnp.int32)
-        dist = distance(jnp.take_along_axis(count, jnp.broadcast_to(own, tokens.shape), axis=1), count)
-    views = _views(config, position, mask, dist, x.dtype)
+        return distance(jnp.take_along_axis(count, jnp.broadcast_to(own, tokens.shape), axis=1), count)
+
+    views = _views(config, position, mask, between, x.dtype)
     new = []
     for number, (window, layer_cache) in enumerate(zip(config.layer_windows, cache, strict=True)):
         layer = _merge_layer(config, _layer(params["layers"], number))

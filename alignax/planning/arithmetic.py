@@ -5,7 +5,13 @@ A product of [m, k] and [k, n] is 2 m k n FLOPs. What is not a product (norms, s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from alignax.models import DecoderConfig
+from alignax.types import REQUESTS, Passes, passes
+
+_PAIRED = {"ref_policy_kl", "policy_ref_kl"}  # read the logits of policy and reference at once
+_ON_STATES = {"hidden", "prompt_embedding", "activation_mask"}  # no logits
 
 
 def matrix_parameters(config: DecoderConfig) -> int:
@@ -27,24 +33,33 @@ def forward_flops(config: DecoderConfig, rows: int, columns: int, slots: int) ->
             "head": 2.0 * slots * config.hidden_size * config.vocab_size}
 
 
-def update_flops(config: DecoderConfig, rows: int, columns: int, slots: int, *, policy_head: bool = True,
-                 reference: bool = False, extra_forwards: int = 0, remat: str = "none", accumulation: int = 1,
-                 lora: bool = False) -> float:
-    """FLOPs of one update over the whole batch.
+def update_flops(config: DecoderConfig, rows: int, columns: int, slots: int, requests: Iterable[str], *,
+                 reference: str = "none", remat: str = "none", accumulation: int = 1, lora: bool = False) -> float:
+    """FLOPs of one update over the whole batch, of the passes that types.passes counts for these requests.
 
-    The backward pass costs two forwards, and one where the weights are frozen under adapters (`lora`; the adapters'
-    own products are left out). The head always computes its logits again for the backward pass. remat other than
-    `none` computes the layers again (`dots*` only their attention). Exact accumulation runs the policy once more,
-    without gradient. reference: one forward beside. extra_forwards: further streams without gradient.
+    reference: its rule. Every stream has the same sizes. A backward pass costs two forwards, and one where the weights
+    are frozen under adapters (`lora`; the adapters' own products are left out). The head always computes its logits
+    again for the backward pass, with a KL over the vocabulary the reference's too; log-probs of the reference beside
+    such a KL are a head of their own. remat other than `none` computes the layers again (`dots*` only their attention).
+    Products of value, reward and Q heads and of `candidate_logps` are left out.
     """
-    one = forward_flops(config, rows, columns, slots if policy_head else 0)
+    requests = set(requests)
+    one = forward_flops(config, rows, columns, slots)
     backward = 1 if lora else 2
     # Of the recomputation, the last product of a layer is not needed, unless a norm follows it.
     last = 0 if config.post_norms else config.hidden_size * config.intermediate_size / matrix_parameters(config)
     again_weights = 1 - last if remat in ("full", "inputs_offloaded") else 0
     again_attention = 0 if remat == "none" else 1
-    first = 1 if accumulation > 1 else 0
-    total = one["weights"] * (1 + backward + again_weights + first)
-    total += one["attention"] * (1 + 2 + again_attention + first)
-    total += one["head"] * (2 + backward + first)
-    return total + (int(reference) + extra_forwards) * sum(one.values())
+
+    def count(some: set[str]) -> Passes:
+        found = passes(some, reference, accumulation=accumulation).values()
+        return Passes(*map(sum, zip(*found, strict=True))) if found else Passes()
+
+    layers = count(requests)
+    forward = layers.policy_forward + layers.reference_forward
+    total = one["weights"] * (forward + layers.policy_backward * (backward + again_weights))
+    total += one["attention"] * (forward + layers.policy_backward * (2 + again_attention))
+    logits = {n for n in requests - _ON_STATES if REQUESTS[n].provider in ("policy", "reference")}
+    policy, paired = count(logits), count(logits & _PAIRED)
+    heads = policy.policy_forward + policy.policy_backward * (1 + backward) + count(logits - _PAIRED).reference_forward
+    return total + one["head"] * (heads + paired.reference_forward + paired.policy_backward)

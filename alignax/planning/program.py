@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from alignax.data.layouts.shapes import packs
 from alignax.losses import Loss
 from alignax.models.adapters import AdapterConfig
 from alignax.planning import arithmetic, hlo
-from alignax.types import REQUESTS, Batch, ConfigError
+from alignax.types import REQUESTS, Batch, ConfigError, Passes, passes
 
 MOST_DEVICES = 2048  # of one process of the CPU backend
 
@@ -174,14 +174,22 @@ def traced_flops(jaxpr: Any) -> int:
     return total
 
 
+def _reads(needed: Collection[Passes], accumulation: int, again: bool) -> dict[str, int]:
+    """How often an update reads the weights of policy and reference: once for a pass of a micro-batch, and where layers
+    are computed again (`again`) once more in a backward pass."""
+    policy = sum(one.policy_forward + one.policy_backward * (1 + again) for one in needed)
+    return {"policy": accumulation * policy, "reference": accumulation * sum(one.reference_forward for one in needed)}
+
+
 def measure(setup: Setup, size: Size, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Traces, lowers and (on a mesh with devices) compiles the update; every number is of one device and one update.
 
     bytes: parameters (trained), frozen, reference (0 where it is the frozen base), optimizer, gradients, batch,
     temporaries (activations, gradients, logits: what the program holds beyond its arguments; None without devices)
     and total. flops: analytic, traced and compiled (None without devices), `xla` (XLA's own number, loop bodies once).
-    collectives: {kind: {count, bytes, wire}} or None. passes: how often the parameters are read. donated: outputs that
-    reuse an input's memory, of `donatable` leaves of the state. Raises ConfigError for sizes that do not divide.
+    collectives: {kind: {count, bytes, wire}} or None. passes: {stream: types.Passes as a dict}. reads: how often the
+    parameters of policy and reference are read. donated: outputs that reuse an input's memory, of `donatable` leaves of
+    the state. Raises ConfigError for sizes that do not divide.
     """
     over = sharding.over_activations(mesh)
     setup = dataclasses.replace(setup, spec=dataclasses.replace(setup.spec, activations=over))
@@ -193,14 +201,10 @@ def measure(setup: Setup, size: Size, mesh: Mesh | AbstractMesh) -> dict[str, An
     devices = mesh.size
     pair = batch.streams["pair"]
     rows, columns = pair.tokens.shape
-    extra = {p for n in setup.loss.requests for p in REQUESTS[n].passes} - {"policy", "reference"}
-    if ref is None:
-        extra = {p for p in extra if not p.startswith("reference")}
-    second = setup.ref is not None and any(REQUESTS[n].provider == "reference" for n in setup.loss.requests)
-    analytic = arithmetic.update_flops(
-        setup.spec.config, rows, columns, math.prod(pair.targets.shape),
-        policy_head=any(REQUESTS[n].provider == "policy" for n in setup.loss.requests), reference=second,
-        extra_forwards=len(extra), remat=setup.spec.remat, accumulation=setup.accumulation, lora=bool(setup.frozen))
+    rule = {"reference": "none" if ref is None else "frozen", "accumulation": setup.accumulation}
+    needed = passes(setup.loss.requests, **rule)
+    analytic = arithmetic.update_flops(setup.spec.config, rows, columns, math.prod(pair.targets.shape),
+                                       setup.loss.requests, remat=setup.spec.remat, lora=bool(setup.frozen), **rule)
     wide = jnp.float32 if setup.accumulation > 1 else None
     parts = {"parameters": per_device(state.params), "frozen": per_device(frozen),
              "reference": 0 if setup.frozen or ref is None else per_device(ref),
@@ -211,7 +215,8 @@ def measure(setup: Setup, size: Size, mesh: Mesh | AbstractMesh) -> dict[str, An
            "flops": {"analytic": analytic / devices, "traced": traced_flops(traced.jaxpr) / devices, "compiled": None,
                      "xla": None},
            "collectives": None, "donated": None, "donatable": len(jax.tree.leaves(state)),
-           "passes": setup.accumulation * (2 + (setup.spec.remat != "none") + (setup.accumulation > 1)),
+           "passes": {stream: one._asdict() for stream, one in needed.items()},
+           "reads": _reads(needed.values(), setup.accumulation, again=setup.spec.remat != "none"),
            "hlo_bytes": None}
     if isinstance(mesh, AbstractMesh):
         traced.lower(lowering_platforms=("cpu",))  # whether it lowers at all is worth knowing

@@ -12,13 +12,15 @@ def step_time(measured: Mapping[str, Any], device: Device, dtype: str) -> dict[s
     """Seconds of one step on `device`, from the result of program.measure.
 
     compute: FLOPs of the compiled program (of the traced one where it was not compiled) / peak. memory: bytes that
-    have to move / bandwidth: parameters and reference once for every pass, gradients and optimiser state read and
-    written, temporaries written and read. link: bytes sent / link rate, None where collectives were not counted.
-    overlapped: the largest of the three; in_turn: their sum. bound: the name of the largest. fits: whether the bytes
-    of a device are within its memory.
+    have to move / bandwidth: parameters and reference once for every pass (`reads`; under adapters both read the frozen
+    base), gradients and optimiser state read and written, temporaries written and read. link: bytes sent / link rate,
+    None where collectives were not counted. overlapped: the largest of the three; in_turn: their sum. bound: the name
+    of the largest. fits: whether the bytes of a device are within its memory.
     """
     parts, flops = measured["bytes"], measured["flops"]
-    moved = parts["parameters"] * measured["passes"] + parts["reference"] + parts["frozen"] * measured["passes"]
+    reads = measured["reads"]
+    moved = parts["parameters"] * reads["policy"] + parts["reference"] * reads["reference"]
+    moved += parts["frozen"] * sum(reads.values())
     moved += 2 * (parts["gradients"] + parts["optimizer"] + parts["parameters"] + (parts["temporaries"] or 0))
     counted = flops["compiled"] if flops["compiled"] is not None else flops["traced"]
     seconds = {"compute": counted / device.peak[dtype], "memory": moved / device.bandwidth}

@@ -178,3 +178,25 @@ def place(tree: Any, mesh: Mesh | None, *, axis: int | None = 0) -> Any:
         return jax.device_put(tree)
     spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
     return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def abstract(tree: Any, mesh: Mesh | None, *, axis: int | None = 0) -> Any:
+    """Shapes and dtypes of a tree (arrays, or shapes themselves), on the devices where `place` would put them."""
+    def one(leaf):
+        if mesh is None:
+            return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree)
+
+
+def mapped(function: Callable, own: Sequence[bool], mesh: Mesh | None) -> Callable:
+    """`function` over N members, jitted; own: for each argument, whether every member has its own, with leaves
+    [N, ...]. Results are [N, ...]; mesh: N is cut over its devices."""
+    run = jax.vmap(function, [0 if mine else None for mine in own])
+    if mesh is not None:
+        lead, whole = PartitionSpec(AXIS), PartitionSpec()
+        run = jax.shard_map(run, mesh=mesh, in_specs=tuple(lead if mine else whole for mine in own), out_specs=lead,
+                            check_vma=False)
+    return jax.jit(run)

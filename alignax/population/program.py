@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from alignax import data, optim, step
 from alignax.population import arrays, fit
@@ -105,7 +105,7 @@ class Program:
             hyper = self.hyper(some)
             pop = jax.eval_shape(self.initial, jax.eval_shape(lambda: arrays.stack([s.params for s in some])), hyper)
             batches = self.batches(some, range(self.length))
-            shape = lambda tree, **cut: _abstract(tree, self.mesh, **cut)
+            shape = lambda tree, **cut: arrays.abstract(tree, self.mesh, **cut)
             keys = jax.eval_shape(lambda: jax.vmap(lambda n: jax.vmap(jax.random.key)(n))(
                 jnp.zeros((self.length, size), jnp.uint32)))
             return self.steps(size, shape(pop), self.common(some, "ref", shape),
@@ -158,27 +158,11 @@ class Program:
 
     def mapped(self, function, *, own: Sequence[bool]):
         """`function` over the members, jitted; own: for each argument, whether every member has its own."""
-        run = jax.vmap(function, [0 if mine else None for mine in own])
-        if self.mesh is not None:
-            lead, whole = PartitionSpec(arrays.AXIS), PartitionSpec()
-            run = jax.shard_map(run, mesh=self.mesh, in_specs=tuple(lead if mine else whole for mine in own),
-                                out_specs=lead, check_vma=False)
-        return jax.jit(run)
+        return arrays.mapped(function, own, self.mesh)
 
 
 def _order(setup: Setup) -> tuple:
     return id(setup.train), id(setup.cached), setup.plan.seed
-
-
-def _abstract(tree: Any, mesh: Mesh | None, *, axis: int | None = 0) -> Any:
-    """Shapes and dtypes, on the devices where `place` would put them."""
-    def one(leaf):
-        if mesh is None:
-            return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype)
-        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, arrays.AXIS)
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(one, tree)
 
 
 def _largest(shapes: Sequence[data.Shape]) -> data.Shape:

@@ -37,6 +37,21 @@ class Halving:
                                   f"{eval_every} below the stage's {total} updates")
         return *self.rungs, total
 
+    def updates(self, total: int, units: Sequence[Any], *, after: bool = False) -> int:
+        """The updates of all members together in a stage of `total`, or (after) in a later one. units: as for `choose`,
+        of one program; where settings have unequal numbers of seeds, as if they had equal ones."""
+        settings = len(set(units))
+        done, begin, going = 0, 0, settings
+        for rung in self.rungs:
+            done += (min(rung, total) - begin) * going
+            begin, going = min(rung, total), self._count(going)
+        done = total * going if after else done + (total - begin) * going
+        return round(done * len(units) / max(settings, 1))
+
+    def _count(self, settings: int) -> int:
+        """How many settings go on at a rung."""
+        return math.ceil(self.keep * settings - 1e-9)  # 0.1 * 30 is more than 3 in binary
+
     def choose(self, values: Sequence[float | None], units: Sequence[Any]) -> list[tuple[bool, int, int, int]]:
         """For each member: (whether it goes on, the place of its settings from 1, how many settings, how many go on).
 
@@ -49,8 +64,7 @@ class Halving:
         sign = 1 if self.mode == "min" else -1
         score = {unit: sign * sum(some) / len(some) for unit, some in held.items()}
         ranked = sorted(score, key=lambda unit: score[unit] if math.isfinite(score[unit]) else math.inf)
-        # 0.1 * 30 is more than 3 in binary.
-        count = math.ceil(self.keep * len(ranked) - 1e-9)
+        count = self._count(len(ranked))
         place = {unit: number for number, unit in enumerate(ranked, 1)}
         return [(place[unit] <= count, place[unit], len(ranked), count) for unit in units]
 

@@ -1,4 +1,5 @@
-"""Runs of many members from their configs: shared stages once, train stages together, the rest one after another.
+"""Runs of many members from their configs: shared stages once, train stages together, the rest together or one after
+another.
 
 A member's folder ends as `alignax train` would leave it (config.json, metrics.jsonl, stages/, result.json), so that
 every command works on it; stages that it shares are links to the folder where they ran.
@@ -26,7 +27,7 @@ from rich.console import Console
 
 from alignax import checkpoint, configs, context, memory, presence, sharding, stage_setup
 from alignax import train as train_lib
-from alignax.population import arrays, rules, structure, training
+from alignax.population import arrays, generation, rules, structure, training
 from alignax.types import ConfigError, DataError
 
 FOLDER = "population"
@@ -67,7 +68,7 @@ class _Live:
 def run(members: Sequence[Any], workdir: pathlib.Path | str, *, console: Console | None = None, seeds: str = "shared",
         steps_per_call: int = 16, memory_limit: int | None = None, devices: Sequence[jax.Device] | None = None,
         ended: Callable[[str, Result], None] | None = None, halving: rules.Halving | None = None,
-        early_stop: rules.EarlyStop | None = None) -> dict[str, Result]:
+        early_stop: rules.EarlyStop | None = None, generate: str = "auto") -> dict[str, Result]:
     """Runs or resumes `members` (structure.Member, or anything with name, config and folder); name -> Result.
 
     workdir: for what they share: `<workdir>/population` holds the shared stages and the populations' checkpoints.
@@ -78,7 +79,8 @@ def run(members: Sequence[Any], workdir: pathlib.Path | str, *, console: Console
     member is on one. ended: called with each member as soon as its result is written, it has failed or was dropped.
     halving: members that train a stage in one program are ranked at its rungs and the worse ones dropped; what a
     dropped member came to stands in its dropped.json. early_stop: ends the training of a member that gets no better;
-    its later stages run.
+    its later stages run. generate: whether sample and evaluate stages of members that draw alike run as one program
+    too (`together`), or one after another on each device (`apart`); `auto`: see generation.is_together.
 
     A member that cannot work or diverges fails alone, and so do those of a program that runs out of memory with one
     member at a time. Raises ConfigError for what concerns all of them, and context.Preempted after SIGTERM, when
@@ -94,13 +96,15 @@ def run(members: Sequence[Any], workdir: pathlib.Path | str, *, console: Console
     if steps_per_call < 1:
         raise ConfigError(f"steps_per_call={steps_per_call}; allowed: 1 or more")
     structure.bases((), seeds=seeds)  # refuses another rule before anything is written
+    generation.check_mode(generate)
     for name, rule in (("halving", halving), ("early_stop", early_stop)):
         for plain in (structure.plain_of(configs.staged(one.config)) for one in members if rule):
             rules.check(rule, plain, name)
     home = workdir / FOLDER
     home.mkdir(parents=True, exist_ok=True)
     devices = list(jax.devices() if devices is None else devices)
-    engine = _Engine(home, console, devices, steps_per_call, memory_limit, ended, halving, early_stop)
+    engine = _Engine(home, console, devices, steps_per_call, memory_limit, ended, halving, early_stop,
+                     generation.is_together(generate, devices[0].platform))
     with contextlib.ExitStack() as held:
         if note := held.enter_context(presence.locked(home)):
             console.print(note, markup=False)
@@ -117,12 +121,13 @@ class _Engine:
     """The members that are still to run, and what they share."""
 
     def __init__(self, home: pathlib.Path, console: Console, devices: list[jax.Device], steps_per_call: int,
-                 memory_limit: int | None, ended, halving: rules.Halving | None, early_stop: rules.EarlyStop | None):
+                 memory_limit: int | None, ended, halving: rules.Halving | None, early_stop: rules.EarlyStop | None,
+                 together: bool):
         self.home, self.console, self.devices, self.device = home, console, devices, devices[0]
         self.mesh = arrays.make_mesh(devices)
         self.settings = dict(steps_per_call=steps_per_call, memory_limit=memory_limit)
         self.stop, self.ended = context.Stop(), ended
-        self.halving, self.early_stop = halving, early_stop
+        self.halving, self.early_stop, self.together = halving, early_stop, together
         self.live: dict[str, _Live] = {}
         self.results: dict[str, Result] = {}
         self._contexts: dict[str, context.Context] = {}
@@ -243,6 +248,54 @@ class _Engine:
         return False
 
     def _apply_all(self, position: int, waiting: list[_Live]) -> None:
+        """A stage that trains nothing, of all members: together where that is wanted and they draw alike, else one
+        after another."""
+        groups: dict[Any, list[tuple[_Live, generation.Stage]]] = defaultdict(list)
+        for live in waiting if self.together else ():
+            with self.alone(live.name):
+                stage = self._asked(live, position)
+                groups[generation.key_of(stage) or live.name].append((live, stage))
+        for group in groups.values():
+            if len(group) > 1:
+                self._answer(group)
+        left = [live for live in waiting if live.name in self.live and not live.done(live.stages[position]).exists()]
+        self._one_by_one(position, left)
+
+    def _asked(self, live: _Live, position: int) -> generation.Stage:
+        """What the stage of one member draws."""
+        name = live.stages[position]
+        section = live.config[name]
+        ctx = dataclasses.replace(live.ctx, console=Console(quiet=True))
+        return generation.opened(ctx, name, section.kind, train_lib.settled(section, live.before[name]))
+
+    def _answer(self, group: Sequence[tuple[_Live, generation.Stage]]) -> None:
+        """Stages of members that draw alike, as one program; where one does not fit, they are left as they are."""
+        names = ", ".join(sorted({stage.name for _, stage in group}))
+        self.console.rule(f"[bold]{names}[/] ({len(group)} members in one program)", align="left")
+        owners, number = {id(stage): live for live, stage in group}, 0
+        rounds = generation.answers([stage for _, stage in group], mesh=self.mesh, console=self.console,
+                                    memory_limit=self.settings["memory_limit"], known=self._drawn)
+        while True:
+            began = time.monotonic()
+            try:
+                answered = next(rounds, None)
+            except ConfigError as error:
+                self.console.print(f"{names}: {error}; one after another instead", markup=False, highlight=False)
+                return
+            if answered is None:
+                return
+            seconds = round(time.monotonic() - began, 2)
+            share = {"seconds": round(seconds / len(answered), 2),
+                     "population": {"members": len(answered), "seconds": seconds}}
+            for stage, found in answered:
+                live, number = owners[id(stage)], number + 1
+                with self.alone(live.name):
+                    live.ctx.stage_dir(stage.name).mkdir(parents=True, exist_ok=True)
+                    with self._disk(live, stage.name):
+                        out = stage.finish(found)
+                    self._note(live, stage.name, out | share, f"{number}/{len(group)}")
+
+    def _one_by_one(self, position: int, waiting: list[_Live]) -> None:
         """A stage that trains nothing, for one member after another on every device; what is compiled for a device's
         first serves the others."""
         if not waiting:
@@ -266,11 +319,8 @@ class _Engine:
         def note(number: int, live: _Live, out: dict | Exception) -> None:
             if isinstance(out, Exception):
                 self.settle(live.name, Result(None, str(out)))
-                return
-            name = live.stages[position]
-            self._write(live, name, out)
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in out.get("headline", out).items() if isinstance(v, float))
-            self.console.print(f"{name} {number}/{count} {live.name}: {shown}", markup=False, highlight=False)
+            else:
+                self._note(live, live.stages[position], out, f"{number}/{count}")
 
         note(1, waiting[0], one(waiting[0]))  # what it draws of the baseline, the others take over
         rest = waiting[1:]
@@ -284,9 +334,18 @@ class _Engine:
         live.ctx.stage_dir(name).mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         ctx = dataclasses.replace(live.ctx, mesh=sharding.make_mesh({}, [device]), console=Console(quiet=True))
-        with checkpoint.disk(f"{name}: a file of the stage in {live.ctx.workdir}"):
+        with self._disk(live, name):
             out = train_lib.apply_stage(ctx, name, live.config[name], live.before[name], kept=self._drawn)
         return out | {"seconds": round(time.monotonic() - began, 2)}
+
+    def _disk(self, live: _Live, stage: str):
+        return checkpoint.disk(f"{stage}: a file of the stage in {live.ctx.workdir}")
+
+    def _note(self, live: _Live, stage: str, out: dict, place: str) -> None:
+        """Writes and tells what a stage that trains nothing came to; place: as in 3/8."""
+        self._write(live, stage, out)
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in out.get("headline", out).items() if isinstance(v, float))
+        self.console.print(f"{stage} {place} {live.name}: {shown}", markup=False, highlight=False)
 
     def _write(self, live: _Live, stage: str, out: dict) -> None:
         live.results[stage] = out
@@ -326,7 +385,7 @@ class _Engine:
                     out = training.train([setup for _, setup in group], folder, console=self.console, stop=self.stop,
                                          mesh=self.mesh, halving=self.halving if ranked else None,
                                          early_stop=self.early_stop if watched else None,
-                                         units=[_seedless(live.plain) for live, _ in group], **self.settings)
+                                         units=[structure.seedless(live.plain) for live, _ in group], **self.settings)
             except (ConfigError, DataError, memory.OutOfMemory) as error:
                 for live, _ in group:
                     self.settle(live.name, Result(None, str(error)))
@@ -438,11 +497,6 @@ def _begins(plain: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     count = len(known["stages"])
     return plain["stages"][:count] == known["stages"] and all(
         plain.get(key) == value for key, value in known.items() if key != "stages")
-
-
-def _seedless(plain: Mapping[str, Any]) -> str:
-    """What is equal for members that differ in the seed only."""
-    return json.dumps({key: value for key, value in plain.items() if key != "seed"}, sort_keys=True)
 
 
 def _short(value: Any) -> str:

@@ -59,6 +59,11 @@ def signature(plain: Mapping[str, Any], stage: str) -> str:
     return _key([run, section | {"loss": without_numbers(section["loss"]), "optim": optimizer}])
 
 
+def seedless(plain: Mapping[str, Any]) -> str:
+    """What is equal for members that differ in the seed only; plain: a member's config as JSON."""
+    return _key({key: value for key, value in plain.items() if key != "seed"})
+
+
 def without_numbers(section: Any) -> Any:
     """A loss's section with NUMBER for every float, which travels as an argument."""
     if isinstance(section, Mapping):
