@@ -68,51 +68,40 @@ def from_layouts(result: dict[str, Any]) -> dict[str, Any]:
         "padded layout, so that the ratio is one of time."], versions={"jax": result["jax"]})
 
 
-def from_population(result: dict[str, Any]) -> dict[str, Any]:
-    """The same for population.py."""
-    labels, tables = ("alone", "one device", "all devices", "PyTorch"), []
-    show = lambda value: "-" if value is None else f"{value:.3g}"
-    for name, title in (("models", "Models of the quickstart's size"), ("toys", "Toys (network 4-128-10)")):
-        rows = []
-        for row in result.get(name, ()):
-            best = min(row[label] for label in labels[1:3] if label in row)
-            rows.append([row["members"], *(show(row.get(label)) for label in labels), f"{row['alone'] / best:.1f}",
-                         "-" if row.get("PyTorch") is None else f"{row['PyTorch'] / best:.1f}"])
-        tables.append(dict(title=f"{title}: milliseconds of one update of one member", rows=rows, columns=[
-            "members", *labels, "alone / best of one program", "PyTorch / best"]))
-    return dict(title="Populations", tables=tables, could_not_run={}, quick=result["quick"], versions={}, about=[
-        "`alone`: the compiled update once per call, one member after the other, the whole machine for each. `one "
-        "device`, `all devices`: N members in one program, several updates per call, the latter divided over one "
-        f"simulated device per core ({result['cores']}). `PyTorch`: an eager loop of the same model, on one thread or "
-        "all, whichever is faster. Models gain what a call costs and what small matrices leave of two cores, and no "
-        "more: their products are as many for N members as for N runs. Toys are made of calls, so they gain most.", "",
-        "![milliseconds against members](population.png)"])
-
-
 def draw_population(result: dict[str, Any], path: pathlib.Path) -> None:
     """Cost of a member's update against N, a panel for models and one for toys."""
     from alignax.diagnostics import style
 
-    figure = style.figure(9, 3.4)
-    for place, (name, title) in enumerate((("models", "quickstart-size models"), ("toys", "toys")), 1):
-        axes = style.axes(figure, 1, 2, place)
-        rows = result[name]
-        for label, line in (("one device", "-"), ("all devices", "--")):
-            shown = [row for row in rows if label in row]
-            axes.plot([row["members"] for row in shown], [row[label] for row in shown], line, marker="o", label=label)
-        for label, line in (("alone", ":"), ("PyTorch", "-.")):
-            if rows[0].get(label) is not None:
-                axes.axhline(rows[0][label], linestyle=line, color="0.4", label=label)
-        axes.set(xscale="log", yscale="log", xlabel="members N", ylabel="ms per update of a member")
+    shown = [(name, title) for name, title in (("models", "quickstart-size models"), ("toys", "toys"))
+             if name in result["data"]]
+    figure = style.figure(4.5 * len(shown), 3.4)
+    for place, (name, title) in enumerate(shown, 1):
+        axes, rows = style.axes(figure, 1, len(shown), place), result["data"][name]
+        members = [row["members"] for row in rows]
+        lines = (("one device", "-"), ("all devices", "--"), ("alone", ":"), ("PyTorch", "-."))
+        for (label, line), colour in zip(lines, (*style.COLOURS[:2], style.INK, style.MUTED), strict=True):
+            values = [row[label] if row.get(label) is not None else float("nan") for row in rows]
+            axes.plot(members, values, line, color=colour, marker="o" if "device" in label else None,
+                      label=label)
+        axes.set_xscale("log")
+        axes.set_xticks(members, [str(n) for n in members])
+        axes.minorticks_off()
+        axes.set(xlabel="members N", ylabel="ms per update of a member")
+        highest = max(row[label] for row in rows for label in row if label != "members" and row[label] is not None)
+        if name == "toys":
+            axes.set_yscale("log")
+            axes.set_ylim(top=8 * highest)
+        else:
+            axes.set_ylim(0, 1.35 * highest)
         style.title(axes, title)
-        style.legend(axes)
+        style.legend(axes, ncols=2, loc="upper left")
     style.save(figure, path, vector=False)
 
 
 def section(name: str, result: dict[str, Any]) -> list[str]:
     """One benchmark."""
-    own_form = {"layouts": from_layouts, "population": from_population}.get(name)
-    result = own_form(result) if own_form else result
+    if name == "layouts":
+        result = from_layouts(result)
     lines = [f"## {result['title']}", "", f"`python experiments/benchmarks/{ORDER[name]}`"]
     if "machine" in result:
         one = result["machine"]

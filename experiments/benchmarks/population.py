@@ -16,13 +16,13 @@ Cost: about 6 minutes on two idle CPU cores. Expected: toys gain two orders of m
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 import statistics
 import sys
 import time
 
 import numpy as np
+from common import finish, machine, parser, wide_console
+from rich.console import Console
 
 PAIRS, TOKENS, PROMPT = 64, 48, 8
 MODEL = dict(vocab_size=256, hidden_size=96, intermediate_size=192, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -139,7 +139,6 @@ def jax_times(case, counts, *, length: int, repeats: int) -> list[dict]:
 
             row[label] = timed(together, length * count, repeats)
         rows.append(row)
-        sys.stderr.write(f"{row}\n")
     return rows
 
 
@@ -212,45 +211,57 @@ def torch_toy_time(length: int, repeats: int) -> float | None:
     return fastest(torch, loop, length, repeats)
 
 
-def table(name: str, rows: list[dict]) -> str:
-    """The rows as Markdown, with how often a member's update fits into one alone."""
-    labels = ("alone", "one device", "all devices", "PyTorch")
-    shown = lambda row, label: "" if row.get(label) is None else f"{row[label]:.3g}"
-    lines = [f"**{name}**: milliseconds of one update of one member", "",
-             "| members | " + " | ".join(labels) + " | alone / best of one program | PyTorch / best |",
-             "|---:" * 7 + "|"]
-    for row in rows:
-        best = min(row[label] for label in labels[1:3] if label in row)
-        against = "" if row.get("PyTorch") is None else f"{row['PyTorch'] / best:.1f}"
-        lines.append(f"| {row['members']} | " + " | ".join(shown(row, label) for label in labels)
-                     + f" | {row['alone'] / best:.1f} | {against} |")
-    return "\n".join(lines) + "\n"
+def tables(results: dict) -> list[dict]:
+    """The rows as tables, with how often a member's update fits into one alone."""
+    labels, out = ("alone", "one device", "all devices", "PyTorch"), []
+    show = lambda value: "-" if value is None else f"{value:.3g}"
+    for name, title in (("models", "Models of the quickstart's size"), ("toys", "Toys (network 4-128-10)")):
+        rows = []
+        for row in results.get(name, ()):
+            best = min(row[label] for label in labels[1:3] if label in row)
+            rows.append([row["members"], *(show(row.get(label)) for label in labels), f"{row['alone'] / best:.1f}",
+                         "-" if row.get("PyTorch") is None else f"{row['PyTorch'] / best:.1f}"])
+        if rows:
+            out.append(dict(title=f"{title}: milliseconds of one update of one member", rows=rows, columns=[
+                "members", *labels, "alone / best of one program", "PyTorch / best"]))
+    return out
 
 
-def main() -> None:
-    """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("models", "toys"), help="measure these alone")
-    parser.add_argument("--quick", action="store_true", help="few members, few updates")
-    parser.add_argument("--json", type=pathlib.Path, help="also write all numbers there")
-    arguments = parser.parse_args()
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    out = parser(__doc__, "population", peers=False)
+    out.add_argument("--only", choices=("models", "toys"), help="measure these alone")
+    return out.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
+    """Measures, prints and writes."""
     from alignax import population
 
+    args, console, started, before = arguments(argv), console or wide_console(), time.monotonic(), machine()
     cores = population.device_per_core()
-    plans = {"models": (model_case, torch_model_time, (1, 2) if arguments.quick else (1, 2, 4, 8, 16),
-                        2 if arguments.quick else 8),
-             "toys": (toy_case, torch_toy_time, (2, 8) if arguments.quick else (1, 4, 16, 64, 256),
-                      20 if arguments.quick else 200)}
-    repeats, results = 1 if arguments.quick else 3, {"cores": cores, "quick": arguments.quick}
+    plans = {"models": (model_case, torch_model_time, (1, 2) if args.quick else (1, 2, 4, 8, 16),
+                        2 if args.quick else 8),
+             "toys": (toy_case, torch_toy_time, (2, 8) if args.quick else (1, 4, 16, 64, 256),
+                      20 if args.quick else 200)}
+    repeats, results, absent = 1 if args.quick else 5, {}, {}
     for name, (case, torch_time, counts, length) in plans.items():
-        if arguments.only in (None, name):
-            rows = jax_times(case(), counts, length=length, repeats=repeats)
-            other = torch_time(length, repeats)
+        if args.only in (None, name):
+            with console.status(name):
+                rows = jax_times(case(), counts, length=length, repeats=repeats)
+                other = torch_time(length, repeats)
+            if other is None:
+                absent["PyTorch"] = "torch or transformers is not installed"
             results[name] = [row | {"PyTorch": other} for row in rows]
-            sys.stdout.write(table(name, results[name]) + "\n")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return finish(args, console, title="Populations", tables=tables(results), data=results, started=started,
+                  before=before, absent=absent, about=[
+        "`alone`: the compiled update once per call, one member after the other, the whole machine for each. `one "
+        "device`, `all devices`: N members in one program, several updates per call, the latter divided over one "
+        f"simulated device per core ({cores}). `PyTorch`: an eager loop of the same model, on one thread or all, "
+        "whichever is faster. Models gain what a call costs and what small matrices leave of two cores, and no more: "
+        "their products are as many for N members as for N runs. Toys are made of calls, so they gain most.", "",
+        "![milliseconds against members](population.png)"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(0 if main() else 1)
