@@ -273,7 +273,9 @@ class Watch:
                               given["warmup_steps"])(state.step)
         shares = attribution.split_update(given["name"], given["options"], rate, state.opt_state, after, clipped,
                                           state.params)
-        logps = lambda p: step.compute(self.spec, frozen | p, None, probe, {"logps"})["logps"]
+        # Kernels of attention have a backward pass and no forward mode.
+        plain = dataclasses.replace(self.spec, attention="xla")
+        logps = lambda p: step.compute(plain, frozen | p, None, probe, {"logps"})["logps"]
         return attribution.changes(logps, state.params, shares, update)
 
 
