@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 pytestmark = pytest.mark.slow
-
-FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks"
-MODULES = ("common", "training", "wire", "page", "win_rate", "sweep_peers", "live_diagnostics",
-           "install_size")
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """Imports a script by its name; their names are common ones, so nothing of them stays."""
-    before = {name: sys.modules.pop(name, None) for name in MODULES}
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
-    sys.path.remove(str(FOLDER))
-    for name, module in before.items():
-        sys.modules.pop(name, None)
-        if module is not None:
-            sys.modules[name] = module
 
 
 def quiet() -> Console:

@@ -1,8 +1,11 @@
-"""What every test shares: the platform, the compilation cache, rank promotion as an error, and the `shared` folder."""
+"""What every test shares: the platform, the compilation cache, rank promotion as an error, the `shared` folder, and the
+scripts of the benchmarks."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,18 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared material at {folder}; set ALIGNAX_SHARED to its folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """Imports a script of experiments/benchmarks by its name; their names are common ones, so nothing of them stays."""
+    folder = ROOT / "experiments" / "benchmarks"
+    names = [path.stem for path in folder.glob("*.py")]
+    before = {name: sys.modules.pop(name, None) for name in names}
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module
+    sys.path.remove(str(folder))
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module

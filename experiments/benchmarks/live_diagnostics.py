@@ -16,7 +16,6 @@ group.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import pathlib
 import sys
 import time
@@ -28,7 +27,7 @@ from rich.console import Console
 
 from alignax import configs, distributed, stage_setup, step, train, watch
 from alignax.diagnostics import live
-from alignax.launch import compilation_cache
+from alignax.launch import compilation_cache, load_config
 
 QUICKSTART = pathlib.Path(__file__).resolve().parents[1] / "quickstart.py"
 NAME = "dpo_0_5"
@@ -54,10 +53,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def start(folder: pathlib.Path, quick: bool):
     """The config of the quickstart's first preference stage; its shortened start is trained into the folder."""
-    found = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    config = module.get_config("tiny" if quick else "")
+    config = load_config(f"{QUICKSTART}:tiny" if quick else str(QUICKSTART))
     config.sft.steps, config.sft.eval_every = 5 if quick else 20, 1000
     config.sample.num_prompts = 40 if quick else 120
     config.stages = ("sft", "sample")

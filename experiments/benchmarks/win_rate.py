@@ -21,7 +21,6 @@ default: models/stories260K of the folder that ALIGNAX_SHARED names, else of `sh
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import pathlib
 import sys
@@ -87,13 +86,10 @@ class Task:
     def __init__(self, args: argparse.Namespace, folder: pathlib.Path, console: Console):
         import jax
 
-        from alignax import sample, train
+        from alignax import launch, sample, train
 
         place = HERE.parent / "controlled_sentiment.py"
-        found = importlib.util.spec_from_file_location(place.stem, place)
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        config = module.get_config("tiny" if args.quick else "")
+        config = launch.load_config(f"{place}:tiny" if args.quick else str(place))
         config.model.path, config.stages = str(args.model), ("sample",)
         config.sample.num_prompts, config.sample.pairs = args.prompts, PAIRS
         with console.status("the task's pairs"):
