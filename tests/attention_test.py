@@ -286,6 +286,31 @@ def test_splash_runs_on_the_part_of_each_device():
     assert off < 1e-5 * size and size > 0.1
 
 
+def blocks_on_devices(sizes):
+    """(largest deviation, largest gradient) of 150 columns in blocks on cut rows and heads from the plain path."""
+    rng = np.random.default_rng(0)
+    segment = jnp.asarray(np.sort(rng.integers(1, 4, (4, 150)), axis=1).astype(np.int32))
+    tokens = jnp.asarray(rng.integers(3, 48, (4, 150), dtype=np.int32))
+    position = jnp.broadcast_to(jnp.arange(150, dtype=jnp.int32) % 64, (4, 150))
+    weights = jax.random.normal(jax.random.key(1), (4, 150, WINDOWED.hidden_size))
+
+    def run(params, **settings):
+        return (models.forward(WINDOWED, params, tokens, segment, jnp.ones_like(segment), position, **settings)
+                * weights).sum()
+
+    params = params_of(WINDOWED)
+    cut = dict(attention="blocked", sharding=sharding.over_activations(sharding.make_mesh(sizes)), remat="dots")
+    plain, found = (jax.jit(jax.grad(lambda p, s=settings: run(p, **s)))(params) for settings in ({}, cut))
+    largest = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+    return largest(jax.tree.map(lambda a, b: jnp.asarray(np.asarray(a) - np.asarray(b)), plain, found)), largest(plain)
+
+
+def test_blocks_run_on_the_part_of_each_device():
+    for sizes in ({"data": 2, "tensor": 2}, {"fsdp": 2, "sequence": 2}):
+        off, size = in_process(f"blocks_on_devices({sizes!r})", wide=False)
+        assert off < 1e-5 * size and size > 0.1
+
+
 def test_columns_that_do_not_divide_are_named(capsys):
     over = sharding.over_activations(sharding.abstract_mesh({"sequence": 4}))
     grid = jax.ShapeDtypeStruct((2, 10), jnp.int32)

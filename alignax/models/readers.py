@@ -1,8 +1,8 @@
 """Which attention kernel runs, and how columns that are cut over devices read each other.
 
-`xla` computes scores of [T, S] (attention.attend); `blocked` the same in blocks of queries, none of which meets the
-columns after its last; `cudnn` and `splash` are kernels that never hold scores, for GPUs and TPUs. All take the same
-mask of who reads whom, so that no layout, window or prefix is beyond any of them.
+`xla` computes scores of [T, S] (attention.attend); `blocked` pairs of blocks of queries and keys, and only those in
+which somebody reads somebody (flash.attend_blocks); `cudnn` and `splash` are kernels that never hold scores, for GPUs
+and TPUs. All take the same mask of who reads whom, so that no layout, window or prefix is beyond any of them.
 
 Where the columns of rows are cut over the mesh's `sequence` axis, queries stay where they are and keys and values of
 the whole row are gathered in each layer: each device then holds T/s x T scores, and its part of the result is exact. Of
@@ -22,10 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from alignax.models import splash
 from alignax.models.attention import attend
 from alignax.models.config import DecoderConfig
+from alignax.models.flash import BLOCK, attend_blocks
 from alignax.types import Array, ConfigError
 
 ATTENTION = ("auto", "xla", "blocked", "cudnn", "splash")
-_BLOCK, _MOST_BLOCKS = 128, 4  # queries; more blocks save little more and compile longer
+_MOST_BLOCKS = 4  # of queries under a bias; more save little more and compile longer
 _CUDNN_WIDTH = 128  # of a head, on every GPU that has the kernel
 
 
@@ -93,8 +94,8 @@ def make_reader(implementation: str, mask: Array, over: NamedSharding | None = N
     if mask.shape[1] % ways:
         raise ConfigError(f"rows of {mask.shape[1]} columns do not divide over mesh.sequence={ways}; allowed: a "
                           "length that is a multiple of it (bucket_multiple)")
-    if over is not None and implementation != "splash" and columns is None:
-        over = None  # the partitioner cuts rows and heads by itself
+    if implementation in ("xla", "cudnn") or implementation == "blocked" and mask.shape[1] <= BLOCK:
+        over = over if columns else None  # the partitioner cuts rows and heads by itself
     if implementation != "splash":
         return Reader(implementation, mask, over, causal=columns is None)
     if over is None:
@@ -131,15 +132,18 @@ def read(reader: Reader, query: Array, key: Array, value: Array, *, scale: float
 
 
 def _blocked(query, key, value, mask, bias, **settings):
-    """attend for a causal mask: each block of queries against the columns up to its last. Four blocks compute 5/8 of
-    the scores; short rows are one block."""
+    """attend for a causal mask in blocks; short rows are one block. Under a bias blocks of queries only, each against
+    the columns up to its last, which with four blocks is 5/8 of the scores."""
     length = query.shape[1]
-    count = min(max(length // _BLOCK, 1), _MOST_BLOCKS)
+    if length <= BLOCK:
+        return attend(query, key, value, mask, bias=bias, **settings)
+    if bias is None:
+        return attend_blocks(query, key, value, mask, **settings)
+    count = min(length // BLOCK, _MOST_BLOCKS)
     ends = [length * number // count for number in range(count + 1)]
-    parts = [attend(query[:, start:end], key[:, :end], value[:, :end], mask[:, start:end, :end],
-                    bias=None if bias is None else bias[:, :, start:end, :end], **settings)
-             for start, end in zip(ends, ends[1:], strict=False)]
-    return parts[0] if count == 1 else jnp.concatenate(parts, axis=1)
+    return jnp.concatenate([attend(query[:, start:end], key[:, :end], value[:, :end], mask[:, start:end, :end],
+                                   bias=bias[:, :, start:end, :end], **settings)
+                            for start, end in zip(ends, ends[1:], strict=False)], axis=1)
 
 
 def _axes(over: NamedSharding) -> tuple:
