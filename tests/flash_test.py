@@ -10,9 +10,14 @@ import pytest
 from alignax import models
 from alignax.models import readers
 from alignax.models.attention import attend
-from alignax.models.flash import attend_blocks
+from alignax.models.flash import attend_blocks, prepare
+from alignax.models.remat import rematerialised
 
 ROWS, LENGTH, WIDTH = 2, 300, 4  # three blocks of 100 columns
+
+
+def by_blocks(query, key, value, mask, **settings):
+    return attend_blocks(query, key, value, prepare(mask), **settings)
 
 
 def masks():
@@ -48,7 +53,7 @@ def test_blocks_are_the_plain_attention(name, softcap, heads, groups):
     with jax.enable_x64(True):
         arrays = arrays_of(heads, groups, jnp.float64)
         found, expected = (gradients(attention, softcap)(masks()[name], *arrays)
-                           for attention in (attend_blocks, attend))
+                           for attention in (by_blocks, attend))
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
@@ -56,7 +61,7 @@ def test_blocks_are_the_plain_attention(name, softcap, heads, groups):
 def test_columns_with_nothing_to_read_get_numbers():
     query, key, value, weights = arrays_of(2, 1, jnp.float32)
     assert not masks()["packed"].any(-1).all()
-    out, pull = jax.vjp(lambda *a: attend_blocks(*a, masks()["packed"], scale=0.7), query, key, value)
+    out, pull = jax.vjp(lambda *a: by_blocks(*a, masks()["packed"], scale=0.7), query, key, value)
     assert all(jnp.isfinite(a).all() for a in (out, *pull(weights)))
 
 
@@ -65,7 +70,7 @@ def test_in_halves_the_softmax_is_full():
     half = arrays_of(4, 2, jnp.bfloat16)
     with jax.enable_x64(True):
         exact = gradients(attend, None)(masks()["shared"], *(a.astype(jnp.float64) for a in half))
-    found, plain = (gradients(attention, None)(masks()["shared"], *half) for attention in (attend_blocks, attend))
+    found, plain = (gradients(attention, None)(masks()["shared"], *half) for attention in (by_blocks, attend))
     off = lambda got: [float(jnp.abs(a.astype(jnp.float32) - jnp.asarray(b, jnp.float32)).max())
                        for a, b in zip(got[1], exact[1], strict=True)]
     assert {a.dtype for a in found[1]} == {jnp.dtype(jnp.bfloat16)}
@@ -79,7 +84,7 @@ def test_blocks_that_nobody_reads_are_not_computed():
     block = column // 100
     mask = jnp.broadcast_to((column[:, None] >= column[None]) & (block[:, None] == block[None]), (ROWS, LENGTH, LENGTH))
     bad = lambda a: a.at[:, 100:200].set(jnp.nan)
-    (_, found), (_, clean) = (gradients(attend_blocks, None)(mask, query, k, v, weights.at[:, 100:200].set(0))
+    (_, found), (_, clean) = (gradients(by_blocks, None)(mask, query, k, v, weights.at[:, 100:200].set(0))
                               for k, v in ((bad(key), bad(value)), (key, value)))
     keep = np.r_[0:100, 200:300]
     for a, b in zip(found, clean, strict=True):
@@ -99,7 +104,7 @@ def test_rows_examples_second_derivatives_and_recomputation():
                     jax.grad(jax.checkpoint(run))(query), jax.vmap(jax.grad(run))(jnp.stack([query, 2 * query])))
 
         for a, b in zip(*(jax.tree.leaves(jax.jit(lambda n=attention: through(n))())
-                          for attention in (attend_blocks, attend)), strict=True):
+                          for attention in (by_blocks, attend)), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-11)
 
 
@@ -110,3 +115,13 @@ def test_the_reader_takes_blocks_for_long_rows_without_bias():
             *arrays))
     assert "custom_vjp" in text("blocked", 300) and f"{ROWS},2,2,300,300" not in text("blocked", 300)
     assert text("blocked", 128) == text("xla", 128) != text("xla", 300)
+
+
+def test_recomputation_that_keeps_products_keeps_attention():
+    """dots: one forward and one backward loop; full: the forward loop once more."""
+    query, key, value, _ = arrays_of(2, 2, jnp.float32)
+    tiles = prepare(masks()["causal"])
+    layer = lambda x, w: attend_blocks(x * w, key, value, tiles, scale=1.0)
+    loops = lambda remat: str(jax.make_jaxpr(jax.grad(lambda x: rematerialised(layer, remat, looped=True)(
+        x, 2.0).sum()))(query)).count("while[")
+    assert loops("dots") == loops("none") == loops("full") - 1 == 2

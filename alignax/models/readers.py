@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from alignax.models import splash
 from alignax.models.attention import attend
 from alignax.models.config import DecoderConfig
-from alignax.models.flash import BLOCK, attend_blocks
+from alignax.models.flash import BLOCK, Tiles, attend_blocks, prepare
 from alignax.types import Array, ConfigError
 
 ATTENTION = ("auto", "xla", "blocked", "cudnn", "splash")
@@ -33,13 +33,14 @@ _CUDNN_WIDTH = 128  # of a head, on every GPU that has the kernel
 class Reader(NamedTuple):
     """How the layers of one kind read. mask: bool [R,T,S], for splash what splash.prepare made of it. over: how
     [R,T,...] lies on a mesh where the kernel has to be told, else None. causal: nobody reads a later column, and row
-    and column of the mask are the same place. interpret: see splash.run."""
+    and column of the mask are the same place. interpret: see splash.run. tiles: blocked's mask, where rows are long."""
 
     implementation: str
     mask: Any
     over: NamedSharding | None = None
     causal: bool = False
     interpret: bool = False
+    tiles: Tiles | None = None
 
 
 def _refusals(name: str, config: DecoderConfig, dtype: Any, platform: str) -> list[str]:
@@ -94,16 +95,30 @@ def make_reader(implementation: str, mask: Array, over: NamedSharding | None = N
     if mask.shape[1] % ways:
         raise ConfigError(f"rows of {mask.shape[1]} columns do not divide over mesh.sequence={ways}; allowed: a "
                           "length that is a multiple of it (bucket_multiple)")
-    if implementation in ("xla", "cudnn") or implementation == "blocked" and mask.shape[1] <= BLOCK:
-        over = over if columns else None  # the partitioner cuts rows and heads by itself
+    if implementation == "blocked" and columns is None and mask.shape[1] > BLOCK:
+        return Reader(implementation, mask, over, causal=True, tiles=_tiles(mask, over))
     if implementation != "splash":
-        return Reader(implementation, mask, over, causal=columns is None)
+        # Without columns to cut, the partitioner cuts rows and heads by itself.
+        return Reader(implementation, mask, over if columns else None, causal=columns is None)
     if over is None:
         return Reader(implementation, splash.prepare(mask), None, interpret=interpret)
     cut = PartitionSpec(*_axes(over))
     blocks = PartitionSpec(cut[0], None, cut[1])
     prepared = jax.shard_map(splash.prepare, mesh=over.mesh, in_specs=cut, out_specs=blocks, check_vma=False)(mask)
     return Reader(implementation, prepared, over, interpret=interpret)
+
+
+def _tiles(mask: Array, over: NamedSharding | None) -> Tiles:
+    """Which blocks are empty is each device's own."""
+    if over is None:
+        return prepare(mask)
+    return jax.shard_map(prepare, mesh=over.mesh, in_specs=PartitionSpec(_axes(over)[0]), out_specs=_tiles_cut(over),
+                         check_vma=False)(mask)
+
+
+def _tiles_cut(over: NamedSharding) -> Tiles:
+    rows = _axes(over)[0]
+    return Tiles(PartitionSpec(None, None, rows), PartitionSpec(rows), PartitionSpec(rows))
 
 
 def read(reader: Reader, query: Array, key: Array, value: Array, *, scale: float, softcap: float | None = None,
@@ -113,20 +128,22 @@ def read(reader: Reader, query: Array, key: Array, value: Array, *, scale: float
     Raises ConfigError for what the kernel does not compute.
     """
     run = functools.partial(_run, reader, scale=scale, softcap=softcap)
+    mask = reader.mask if reader.tiles is None or bias is not None else reader.tiles
     if reader.over is None:
-        return run(query, key, value, reader.mask, bias)
+        return run(query, key, value, mask, bias)
     mesh, (rows, columns) = reader.over.mesh, _axes(reader.over)
     tensor = mesh.shape["tensor"]
     heads = "tensor" if tensor > 1 and key.shape[2] % tensor == 0 else None
     cut = PartitionSpec(rows, columns, heads)
-    mask_cut = PartitionSpec(rows, None, columns) if reader.implementation == "splash" else PartitionSpec(rows, columns)
+    mask_cut = (_tiles_cut(reader.over) if isinstance(mask, Tiles) else PartitionSpec(rows, None, columns)
+                if reader.implementation == "splash" else PartitionSpec(rows, columns))
 
     def local(query, key, value, mask, *bias):
         if columns is not None:
             key, value = (jax.lax.all_gather(x, columns, axis=1, tiled=True) for x in (key, value))
         return run(query, key, value, mask, *bias)
 
-    given = (query, key, value, reader.mask) + (() if bias is None else (bias,))
+    given = (query, key, value, mask) + (() if bias is None else (bias,))
     specs = (cut, cut, cut, mask_cut, PartitionSpec(rows, heads, columns))[:len(given)]
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=cut, check_vma=False)(*given)
 
@@ -134,11 +151,11 @@ def read(reader: Reader, query: Array, key: Array, value: Array, *, scale: float
 def _blocked(query, key, value, mask, bias, **settings):
     """attend for a causal mask in blocks; short rows are one block. Under a bias blocks of queries only, each against
     the columns up to its last, which with four blocks is 5/8 of the scores."""
+    if isinstance(mask, Tiles):
+        return attend_blocks(query, key, value, mask, **settings)
     length = query.shape[1]
     if length <= BLOCK:
         return attend(query, key, value, mask, bias=bias, **settings)
-    if bias is None:
-        return attend_blocks(query, key, value, mask, **settings)
     count = min(length // BLOCK, _MOST_BLOCKS)
     ends = [length * number // count for number in range(count + 1)]
     return jnp.concatenate([attend(query[:, start:end], key[:, :end], value[:, :end], mask[:, start:end, :end],

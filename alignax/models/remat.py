@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from alignax.models.flash import KEPT
 from alignax.types import Array, ConfigError
 
 REMAT = ("none", "full", "dots", "dots_offloaded", "inputs_offloaded")
@@ -38,8 +39,9 @@ def check_remat(remat: str, device: jax.Device, where: str = "remat") -> None:
 def rematerialised(run: Callable, remat: str, *, looped: bool) -> Callable:
     """`run(x, parameters)` of one layer, keeping what `remat` says; in a loop (`looped`) no guard is needed.
 
-    none: everything. full: only x. dots: x and the results of weight products. dots_offloaded: the same, with those
-    results on the host. inputs_offloaded: only x, on the host. Raises ConfigError for another name.
+    none: everything. full: only x. dots: x, the results of weight products, and what attention in blocks leaves.
+    dots_offloaded: x, and those products on the host. inputs_offloaded: only x, on the host. Raises ConfigError for
+    another name.
     """
     if remat not in REMAT:
         raise ConfigError(f"forward(remat=): found {remat!r}, allowed: {', '.join(REMAT)}")
@@ -50,7 +52,9 @@ def rematerialised(run: Callable, remat: str, *, looped: bool) -> Callable:
         policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT], offload_src="device", offload_dst=HOST)
     else:
-        policy = {"full": None, "dots": policies.dots_with_no_batch_dims_saveable,
+        dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable,
+                                                policies.save_only_these_names(KEPT))
+        policy = {"full": None, "dots": dots,
                   "dots_offloaded": policies.offload_dot_with_no_batch_dims("device", HOST)}[remat]
 
     def named(x: Array, parameters):
