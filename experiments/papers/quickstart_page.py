@@ -188,16 +188,18 @@ class Report:
                   "entropy": "entropy,\nnats per token", "length": "length,\ntokens"}
         for key, place in places.items():
             axes = style.axes(bottom, place)
-            for level, colour, mark in zip(LEVELS, style.COLOURS, "os^", strict=False):
+            for number, (level, colour, mark) in enumerate(zip(LEVELS, style.COLOURS, "os^", strict=False)):
+                # One under another, so that intervals do not cover each other.
+                lines = rows + (0.24 * (1 - number) if key == "reward" else 0)
                 values = np.asarray([self.value(n, level, key) for n in names])
                 if not np.isfinite(values).any():
                     continue
                 if key == "reward":
                     ends = np.asarray([self.interval(self.draws[n][level]) for n in names])
-                    for y, value, (low, high) in zip(rows, values, ends, strict=True):
+                    for y, value, (low, high) in zip(lines, values, ends, strict=True):
                         if np.isfinite([value, low]).all():
                             axes.plot([low, high], [y, y], color=colour, linewidth=1)
-                axes.plot(values, rows, mark, color=colour, markersize=4, linestyle="none", label=f"KL {level:g}")
+                axes.plot(values, lines, mark, color=colour, markersize=4, linestyle="none", label=f"KL {level:g}")
             axes.set_yticks(rows, names if key == "reward" else [""] * len(names), fontsize=style.NOTE)
             axes.set_ylim(-0.8, len(names) - 0.2)
             axes.set_xlabel(titles[key], fontsize=style.TICK)
