@@ -108,6 +108,20 @@ def test_rows_examples_second_derivatives_and_recomputation():
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-11)
 
 
+def test_under_vmap_the_loops_are_as_long_for_all():
+    """Blocks that any member reads count for all; out_axes None refuses what differs between members."""
+    mask = jnp.stack([masks()["window"], masks()["causal"], masks()["nothing"]])
+    number = lambda m: (prepare(m).found, prepare(m).order)
+    found, order = jax.jit(jax.vmap(number, out_axes=None))(mask)
+    assert found.tolist() == [[1, 2, 3]] and order[0, 1].tolist() == [0, 1, 2]
+    twice = jax.jit(jax.vmap(jax.vmap(number, out_axes=None), out_axes=None))(mask[:, None])
+    assert twice[0].tolist() == found.tolist() and prepare(masks()["nothing"]).found.tolist() == [[0, 0, 0]]
+    query, key, value, _ = arrays_of(2, 1, jnp.float32)
+    out = jax.vmap(lambda m: by_blocks(query, key, value, m, scale=1.0))(mask)
+    for member in range(2):
+        np.testing.assert_allclose(out[member], attend(query, key, value, mask[member], scale=1.0), atol=1e-5)
+
+
 def test_the_reader_takes_blocks_for_long_rows_without_bias():
     arrays = arrays_of(2, 2, jnp.float32)[:3]
     text = lambda name, length, **more: str(jax.make_jaxpr(lambda *a: readers.read(readers.make_reader(

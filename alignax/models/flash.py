@@ -49,6 +49,18 @@ class _Shape(NamedTuple):
     softcap: float | None
 
 
+@jax.custom_batching.custom_vmap
+def _live(cut: Array) -> Array:
+    """Blocks of a mask [R,n,block,n,block] in which anybody reads anything, bool [n,n]."""
+    return cut.any((0, 2, 4))
+
+
+@_live.def_vmap
+def _live_together(size: int, batched: list[bool], cut: Array) -> tuple[Array, bool]:
+    """Under vmap one answer for all: loops of different lengths would copy all they carry at every turn."""
+    return _live(cut.reshape(-1, *cut.shape[2:])), False
+
+
 def prepare(mask: Array) -> Tiles:
     """The Tiles of a causal mask bool [R,T,T]."""
     rows, length, _ = mask.shape
@@ -56,7 +68,7 @@ def prepare(mask: Array) -> Tiles:
     block = -(-length // count)
     fill = count * block - length
     cut = jnp.pad(mask, [(0, 0), (0, fill), (0, fill)]).reshape(rows, count, block, count, block)
-    live = cut.any((0, 2, 4))
+    live = _live(cut)
     # Loops over those that are, rather than conditions: XLA keeps what stands under a condition on one core.
     return Tiles(cut.transpose(1, 3, 0, 4, 2), jnp.argsort(~live, axis=1, stable=True)[None], live.sum(1)[None])
 
