@@ -503,8 +503,9 @@ def test_the_benchmark_of_layouts_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(name in done.stdout for name in LAYOUT_NAMES)
     result = json.loads((tmp_path / "out" / "layouts.json").read_text())
-    assert [row["layout"] for row in result["layouts"]] == list(LAYOUT_NAMES) and result["quick"]
-    for row in result["layouts"]:
+    rows = result["data"]["layouts"]
+    assert [row["layout"] for row in rows] == list(LAYOUT_NAMES) and result["quick"]
+    for row in rows:
         low, middle, high = row["tokens_per_second"]
         assert 0 < low <= middle <= high and 0 < row["fill"] <= 1 and row["log_probs_apart"] <= 1e-4
-    assert result["layouts"][0]["speed_against_padded"] == [1, 1, 1]
+    assert rows[0]["speed_against_padded"] == [1, 1, 1] and len(result["tables"][0]["rows"]) == len(rows)

@@ -22,17 +22,15 @@ vary less, are packed better.
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import gate
+from common import finish, gate, machine, parser, quartiles, wide_console
 from rich.console import Console
-from rich.table import Table
 
 from alignax import data, losses, models, step
 
@@ -41,20 +39,17 @@ TOLERANCE = 1e-4  # nats, of a sequence's sum in float32
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the script runs, nothing else")
-    parser.add_argument("--batch", type=int, default=32, help="pairs of an update (default 32)")
-    parser.add_argument("--rounds", type=int, default=30, help="timed updates of each layout (default 30)")
-    parser.add_argument("--warmup", type=int, default=5, help="updates of each layout before them (default 5)")
-    parser.add_argument("--max-prompt", type=int, default=384, help="longest prompt (default 384)")
-    parser.add_argument("--max-completion", type=int, default=128, help="longest completion (default 128)")
-    parser.add_argument("--columns", type=int, default=0, help="least row length of the packed layouts (default: none)")
-    parser.add_argument("--hidden", type=int, default=128, help="model width; 2 layers per 128 (default 128)")
-    parser.add_argument("--vocab", type=int, default=4096, help="vocabulary (default 4096)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of lengths, tokens and parameters")
-    parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("runs/benchmarks/layouts.json"),
-                        help="where the numbers go (default runs/benchmarks/layouts.json)")
-    args = parser.parse_args(argv)
+    out = parser(__doc__, "layouts", peers=False)
+    out.add_argument("--batch", type=int, default=32, help="pairs of an update (default 32)")
+    out.add_argument("--rounds", type=int, default=30, help="timed updates of each layout (default 30)")
+    out.add_argument("--warmup", type=int, default=5, help="updates of each layout before them (default 5)")
+    out.add_argument("--max-prompt", type=int, default=384, help="longest prompt (default 384)")
+    out.add_argument("--max-completion", type=int, default=128, help="longest completion (default 128)")
+    out.add_argument("--columns", type=int, default=0, help="least row length of the packed layouts (default: none)")
+    out.add_argument("--hidden", type=int, default=128, help="model width; 2 layers per 128 (default 128)")
+    out.add_argument("--vocab", type=int, default=4096, help="vocabulary (default 4096)")
+    out.add_argument("--seed", type=int, default=0, help="seed of lengths, tokens and parameters")
+    args = out.parse_args(argv)
     if args.quick:
         args.batch, args.rounds, args.warmup, args.max_prompt, args.max_completion = 4, 3, 1, 48, 16
         args.hidden, args.vocab = 32, 64
@@ -122,8 +117,8 @@ class Layout:
         return time.perf_counter() - began
 
 
-def measure(args: argparse.Namespace, console: Console) -> dict:
-    """Parity, then the rounds; returns what the JSON file holds. Raises DataError where log-probs differ."""
+def measure(args: argparse.Namespace, console: Console) -> list[dict]:
+    """Parity, then the rounds; one row of numbers for each layout. Raises DataError where log-probs differ."""
     records = pairs(args)
     made = []
     for name in data.LAYOUT_NAMES:
@@ -144,46 +139,33 @@ def measure(args: argparse.Namespace, console: Console) -> dict:
         row = {one.name: one.seconds(number) for one in made[turn:] + made[:turn]}
         seconds.append([row[one.name] for one in made])
     times, counts = np.asarray(seconds), np.asarray(tokens, float)
-    quartiles = lambda values: [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
-    rows = [dict(layout=one.name, shape=one.shape._asdict(), fill=one.tokens / one.cells,
+    return [dict(layout=one.name, shape=one.shape._asdict(), fill=one.tokens / one.cells,
                  cells_per_update=one.cells / args.rounds, tokens_per_second=quartiles(counts / times[:, i]),
                  speed_against_padded=quartiles(times[:, 0] / times[:, i]), log_probs_apart=apart[one.name],
                  compile_seconds=one.compile_seconds, temporary_megabytes=one.temporaries / 1e6)
             for i, one in enumerate(made)]
-    device = jax.devices()[0]
-    return dict(benchmark="layouts", quick=args.quick, device=f"{device.platform} {device.device_kind}",
-                jax=jax.__version__, settings={k: v for k, v in vars(args).items() if k not in ("json", "quick")},
-                layouts=rows)
 
 
-def table(result: dict) -> Table:
-    """One row per layout."""
-    out = Table(title=f"DPO update on {result['device']}, {result['settings']['batch']} pairs", title_justify="left")
-    out.add_column("layout", no_wrap=True)
-    for heading in ("rows x T", "fill", "tokens/s", "quartiles", "x padded", "quartiles", "temp MB", "compile s"):
-        out.add_column(heading, justify="right", no_wrap=True)
-    for row in result["layouts"]:
-        (low, middle, high), (slow, ratio, fast) = row["tokens_per_second"], row["speed_against_padded"]
-        columns = row["shape"]["T"]
-        out.add_row(row["layout"], f"{row['cells_per_update'] / columns:.0f} x {columns}", f"{row['fill']:.3f}",
-                    f"{middle:,.0f}", f"{low:,.0f}-{high:,.0f}", f"{ratio:.2f}", f"{slow:.2f}-{fast:.2f}",
-                    f"{row['temporary_megabytes']:.1f}", f"{row['compile_seconds']:.1f}")
-    return out
+def shown(row: dict) -> list[str]:
+    """A row of the table."""
+    middle = lambda numbers, digits: "{1:,.{d}f} ({0:,.{d}f}-{2:,.{d}f})".format(*numbers, d=digits)
+    columns = row["shape"]["T"]
+    return [row["layout"], f"{row['cells_per_update'] / columns:.0f} x {columns}", f"{row['fill']:.2f}",
+            middle(row["tokens_per_second"], 0), middle(row["speed_against_padded"], 2),
+            f"{row['temporary_megabytes']:.0f}", f"{row['compile_seconds']:.1f}"]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measures, prints the table and writes the JSON file."""
-    args, console = arguments(argv), Console()
-    if console.width < 120:  # a terminal that is narrower wraps the table, a file keeps it whole
-        console = Console(width=120)
-    result = measure(args, console)
-    console.print(table(result))
-    if args.quick:
-        console.print("quick: these numbers show that the script runs, nothing else")
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written: {args.json}")
+def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
+    """Measures, prints and writes."""
+    args, console, started, before = arguments(argv), console or wide_console(), time.monotonic(), machine()
+    rows = measure(args, console)
+    table = dict(title=f"{args.batch} pairs of HH-like lengths", rows=[shown(row) for row in rows], columns=[
+        "layout", "rows x T", "fill", "tokens/s", "time padded / it", "temporaries MB", "compile s"])
+    about = ("One update of a small model on the same pairs in every layout, frozen reference. Tokens are those of the "
+             "padded layout, so that the ratio is one of time.")
+    return finish(args, console, title="The four layouts", about=[about], tables=[table], data={"layouts": rows},
+                  started=started, before=before)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(0 if main() else 1)

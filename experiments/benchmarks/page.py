@@ -56,18 +56,6 @@ def markdown(table: dict[str, Any]) -> list[str]:
     return lines + ["| " + " | ".join(map(cell, row)) + " |" for row in table["rows"]] + [""]
 
 
-def from_layouts(result: dict[str, Any]) -> dict[str, Any]:
-    """The file of layouts.py, which has a form of its own, as the others have theirs."""
-    spread = lambda q, digits: f"{q[1]:,.{digits}f} ({q[0]:,.{digits}f}-{q[2]:,.{digits}f})"
-    rows = [[r["layout"], f"{r['fill']:.2f}", spread(r["tokens_per_second"], 0), spread(r["speed_against_padded"], 2),
-             f"{r['temporary_megabytes']:.0f}", f"{r['compile_seconds']:.1f}"] for r in result["layouts"]]
-    table = dict(title=f"{result['settings']['batch']} pairs of HH-like lengths", rows=rows, columns=[
-        "layout", "fill", "tokens/s", "time padded / it", "temporaries MB", "compile s"])
-    return dict(title="The four layouts", tables=[table], could_not_run={}, quick=result["quick"], about=[
-        "One update of a small model on the same pairs in every layout, frozen reference. Tokens are those of the "
-        "padded layout, so that the ratio is one of time."], versions={"jax": result["jax"]})
-
-
 def draw_population(result: dict[str, Any], path: pathlib.Path) -> None:
     """Cost of a member's update against N, a panel for models and one for toys."""
     from alignax.diagnostics import style
@@ -100,13 +88,10 @@ def draw_population(result: dict[str, Any], path: pathlib.Path) -> None:
 
 def section(name: str, result: dict[str, Any]) -> list[str]:
     """One benchmark."""
-    if name == "layouts":
-        result = from_layouts(result)
     lines = [f"## {result['title']}", "", f"`python experiments/benchmarks/{ORDER[name]}`"]
-    if "machine" in result:
-        one = result["machine"]
-        lines[-1] += (f", {one['cores']} cores of a shared virtual machine with {one['memory_gigabytes']} GB of "
-                      f"memory, load {one['load_before']} before it began, {result['seconds']:.0f} seconds in all.")
+    one = result["machine"]
+    lines[-1] += (f", {one['cores']} cores of a shared virtual machine with {one['memory_gigabytes']} GB of memory, "
+                  f"load {one['load_before']} before it began, {result['seconds']:.0f} seconds in all.")
     lines += ["", *result["about"], ""]
     if result["quick"]:
         lines += ["*Toy sizes: these numbers show that the script runs, nothing else.*", ""]
