@@ -25,9 +25,10 @@ import numpy as np
 from common import TOY, Shape, finish, machine, parser, quartiles, wide_console
 from rich.console import Console
 
-from alignax import data, losses, models, optim, step
+from alignax import data, losses, metrics, models, optim, step
 from alignax.types import REQUESTS, ConfigError, DataError, passes
 
+GROUP = 12  # programs at a time: each maps much memory, and a process may map so much
 INPUTS = {"logps", "ref_logps", "lengths"}
 
 
@@ -69,11 +70,7 @@ class Run:
         self.state = step.TrainState(jnp.int32(0), start, optimizer.init(start), self.loss.init_state())
         update = jax.jit(step.make_update(step.ModelSpec(shape.decoder()), self.loss, optimizer), donate_argnums=0)
         self.update = update.lower(self.state, self.reference, self.batch, {}, self.key).compile()
-
-    @property
-    def flops(self) -> float:
-        """The compiler's count for one update."""
-        return self.update.cost_analysis()["flops"]
+        self.flops = self.update.cost_analysis()["flops"]  # of one update, as the compiler counts
 
     @property
     def expected(self) -> float:
@@ -81,12 +78,23 @@ class Run:
         units = sum(p.policy_forward + 2 * p.policy_backward + p.reference_forward for p in self.passes.values())
         return units * self.completions / 8
 
+    def release(self) -> None:
+        """Lets go of the program and the state."""
+        self.update = self.state = self.batch = None
+
     def seconds(self) -> float:
         """Wall time of the next update."""
         began = time.perf_counter()
         self.state, metrics = self.update(self.state, self.reference, self.batch, {}, self.key)
         jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - began
+
+
+def in_turns(run: Run, base: Run, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of an update of both, another one first each time, after one of the run."""
+    run.seconds()
+    turns = [(base, run) if i % 2 else (run, base) for i in range(rounds)]
+    return [(both[run], both[base]) for both in ({r: r.seconds() for r in turn} for turn in turns)]
 
 
 def declared(run: Run) -> str:
@@ -114,17 +122,20 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
             absent[name] = " ".join(str(error).split())
             return None
 
-    with console.status("compiling"), concurrent.futures.ThreadPoolExecutor(2) as pool:
-        base, *runs = pool.map(made, dict.fromkeys(["dpo", *wanted]))
-    runs, times = [run for run in runs if run is not None], {}
+    base, runs, times = Run("dpo", shape, params, args.pairs, half), [], {}
     base.seconds()
-    for number, run in enumerate(runs):
-        with console.status(f"{run.name}, {number + 1} of {len(runs)}"):
-            run.seconds()
-            rounds = args.rounds or (16 if run.plain else 6)
-            turns = [(base, run) if i % 2 else (run, base) for i in range(rounds)]
-            times[run.name] = [(both[run], both[base]) for both in ({r: r.seconds() for r in turn} for turn in turns)]
-            run.state = None
+    wanted = [name for name in wanted if name != "dpo"]
+    with metrics.progress(console) as bar, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        task = bar.add_task("losses", total=len(wanted), numbers="")
+        for first in range(0, len(wanted), GROUP):
+            for run in list(pool.map(made, wanted[first:first + GROUP])):
+                if run is not None:
+                    bar.update(task, description=run.name)
+                    times[run.name] = in_turns(run, base, args.rounds or (16 if run.plain else 6))
+                    run.release()
+                    runs.append(run)
+                bar.advance(task)
+            jax.clear_caches()
     found = {name: quartiles(np.divide(*np.transpose(some))) for name, some in times.items()}
     ratio = lambda run: [f"{found[run.name][1]:.3f}", "{:.3f}-{:.3f}".format(*found[run.name][::2]),
                          f"{run.flops / base.flops:.3f}"]
