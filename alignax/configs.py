@@ -7,6 +7,8 @@ A run is `stages`, a tuple of names, each naming a section of the config. Sectio
 from __future__ import annotations
 
 import difflib
+import json
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -187,6 +189,38 @@ def check(config: ConfigDict) -> None:
                                   "config.model.dtype='float32'; allowed: False, or model.dtype='bfloat16'")
         else:
             _check_counts(stage, where)
+
+
+def of_run(folder: pathlib.Path, flag: str = "") -> dict[str, Any]:
+    """The config in a run's folder as plain data, completed. Raises ConfigError, with `flag` before the folder's name,
+    where it holds no run."""
+    stored = folder / "config.json"
+    if not stored.is_file():
+        raise ConfigError(f"{flag}{folder}: no config.json there; it is not the folder of a run")
+    plain = json.loads(stored.read_text(encoding="utf-8"))
+    if not {"model", "tokenizer", "text", "stages", "mesh"} <= plain.keys():
+        raise ConfigError(f"{flag}{folder}: its config.json is not that of a run; allowed here: the folder of `alignax "
+                          "train` (the folder of a model goes with --model)")
+    return completed(plain)
+
+
+def completed(plain: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with the keys that it lacks at their defaults, as plain data (lists for tuples).
+
+    For runs of earlier releases: the default of a key that comes later is what was done before there was one.
+    """
+    of = lambda section: json.loads(json.dumps(section.to_dict(), default=list))
+    kinds = {name: plain.get(name, {}).get("kind") for name in plain.get("stages", ())}
+    stages = {name: of(_TEMPLATES[kind]()) for name, kind in kinds.items() if kind in _TEMPLATES}
+    for template in stages.values():
+        template.pop("loss", None)  # a loss knows its own defaults
+    return _filled(plain, {k: v for k, v in of(base()).items() if k != "stages"} | stages)
+
+
+def _filled(found: Any, template: Any) -> Any:
+    if not isinstance(found, dict) or not isinstance(template, dict):
+        return found
+    return template | {key: _filled(value, template.get(key)) for key, value in found.items()}
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

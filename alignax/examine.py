@@ -6,7 +6,6 @@ Reads a run's folder and changes nothing in it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from alignax import context, data, losses, sample, sharding, stage_setup, step, train, watch
+from alignax import configs, context, data, losses, sample, sharding, stage_setup, step, train, watch
 from alignax.diagnostics import agreement, ches
 from alignax.ops.reductions import reduce_terms
 from alignax.types import REQUESTS, ConfigError, DataError
@@ -27,13 +26,8 @@ _SALT, _CHUNK = 9000, 8  # draws of no other stage; prompts scored at a time
 
 def open_run(folder: pathlib.Path, console: Console) -> tuple[context.Context, ConfigDict]:
     """The context and config of a run's folder. Raises ConfigError where it holds no run."""
-    stored = folder / "config.json"
-    if not stored.is_file():
-        raise ConfigError(f"{folder}: no config.json there; it is not the folder of a run")
+    plain = configs.of_run(folder)
     # Where kernels are at home may differ from where the run was trained.
-    plain = json.loads(stored.read_text(encoding="utf-8"))
-    if not {"model", "tokenizer", "stages", "mesh"} <= plain.keys():
-        raise ConfigError(f"{folder}: its config.json is not that of a run of `alignax train`")
     plain["model"]["attention"] = "auto"
     plain["mesh"] |= {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     config = ConfigDict(_frozen(plain))

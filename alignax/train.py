@@ -214,7 +214,7 @@ def claim(workdir: pathlib.Path, plain: dict) -> None:
                                     for p in workdir.iterdir()):
             raise ConfigError(f"--workdir={workdir} is not empty and holds no run of alignax; nothing was written")
         return
-    old = configs.flat(json.loads(stored.read_text(encoding="utf-8")), "config")
+    old = configs.flat(configs.completed(json.loads(stored.read_text(encoding="utf-8"))), "config")
     new = configs.flat(plain, "config")
     differ = sorted(k for k in old.keys() | new.keys() if old.get(k, "absent") != new.get(k, "absent"))
     if differ:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import pytest
+from rich.console import Console
 
-from alignax import cli, losses, models
+from alignax import cli, configs, examine, losses, models
 
 CONFIG = """
 from alignax import configs
@@ -210,6 +212,23 @@ def test_workdir_of_another_config(capsys, run):
 
 
 # The other commands
+
+
+def test_runs_of_earlier_releases_are_read_and_go_on(capsys, run, tmp_path):
+    """A config that lacks keys which came later stands for their defaults, and only for those."""
+    argv, workdir = run
+    old = tmp_path / "old"
+    shutil.copytree(workdir, old)
+    stored = json.loads((old / "config.json").read_text())
+    for section, key in ((stored["mesh"], "rules"), (stored["mesh"], "sequence"), (stored["model"], "attention"),
+                         (stored["method"], "diagnostics"), (stored["method"], "lora"), (stored, "profile_steps")):
+        section.pop(key)
+    (old / "config.json").write_text(json.dumps(stored))
+    assert configs.of_run(old) == configs.of_run(workdir)
+    argv = [str(old) if word == str(workdir) else word for word in argv]
+    assert cli.main(argv) == 0 and "finished already" in capsys.readouterr().out
+    refused(capsys, [*argv, "--config.mesh.sequence=2"], "another config", "mesh.sequence: stored 1, given 2")
+    examine.open_run(old, Console(quiet=True))
 
 
 def test_dry_run_prints_and_writes_nothing(capsys, place):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import re
 import shutil
@@ -196,16 +195,11 @@ def _adapters(arguments, console) -> int:
 
 def _finished(arguments) -> tuple[pathlib.Path, dict, str]:
     """The folder of a run, its config, and the finished train stage that is meant."""
-    from alignax import context
+    from alignax import configs, context
     from alignax.types import ConfigError
 
     folder = pathlib.Path(arguments.run)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"--run={folder}: no config.json there; it is not the folder of a run")
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not {"model", "tokenizer", "text", "stages"} <= stored.keys():
-        raise ConfigError(f"--run={folder}: its config.json is not that of a run; allowed here: the folder of "
-                          "`alignax train` (a model's folder goes with --model)")
+    stored = configs.of_run(folder, "--run=")
     finished = context.finished_stages(folder, stored["stages"])
     stage = arguments.stage or (finished[-1] if finished else "")
     if stage not in finished:

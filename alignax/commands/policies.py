@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -44,7 +43,7 @@ def load(arguments) -> Policy:
     Raises ConfigError for a folder that is neither model nor run, for a stage without parameters, and where tokenizer
     and model do not fit.
     """
-    from alignax import context, data
+    from alignax import configs, context, data
     from alignax.types import ConfigError
 
     run = None
@@ -57,11 +56,7 @@ def load(arguments) -> Policy:
         path, section = arguments.model, {"path": arguments.model, "remat": "none", "head_megabytes": 64, "unroll": 1}
         tokenizer_name, text, stage = "", {"add_bos": True, "eos_id": -1}, ""
     else:
-        if not (run / "config.json").is_file():
-            raise ConfigError(f"--run={run}: no config.json there; it is not the folder of a run")
-        stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        if not {"model", "tokenizer", "text", "stages"} <= stored.keys():
-            raise ConfigError(f"--run={run}: its config.json is not that of a run; a model's folder goes with --model")
+        stored = configs.of_run(run, "--run=")
         # A run is read where other kernels may be at home than those it was trained with.
         section, tokenizer_name, text = stored["model"] | {"attention": "auto"}, stored["tokenizer"], stored["text"]
         path = section["path"]
