@@ -541,6 +541,8 @@ def test_latex_and_markdown_escape():
     assert pages.latex("a_b & 50% {x}") == r"a\_b \& 50\% \{x\}"
     assert pages.markdown_table(["a"], [["x|y"]]).splitlines()[-1] == r"| x\|y |"
     assert "&lt;b&gt;" in pages.html_table(["<b>"], [["<i>"]])
+    # A sentence may run over several lines; a name may not.
+    assert pages.html_table(["a", "b"], [["a word " * 10, "a word"]]).count('class="long"') == 1
 
 
 # Real runs

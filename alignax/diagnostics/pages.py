@@ -14,6 +14,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+td.long { white-space: normal; min-width: 16rem; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 table.sortable th { cursor: pointer; } table.sortable th:focus-visible { outline: 2px solid #0072B2; }
 th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }
@@ -47,6 +48,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 """
 
 Cell = str | float | int | None
+_LONG = 60  # characters
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -59,7 +61,8 @@ def _text(cell: Cell) -> str:
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]], *, sortable: bool = False) -> str:
-    """A table; float and int cells are aligned right, and sorted by their full value where it is sortable."""
+    """A table; float and int cells are aligned right, and sorted by their full value where it is sortable. Sentences
+    run over several lines, so that no column lies outside the page."""
     mark = ' class="sortable"' if sortable else ""
     lines = [f'<div class="scroll"><table{mark}>', "<thead><tr>"]
     lines += [f"<th>{html.escape(text)}</th>" for text in headings]
@@ -68,6 +71,7 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]], *, sorta
         cells = []
         for cell in row:
             mark = f' class="number" data-sort="{cell!r}"' if isinstance(cell, (int, float)) else ""
+            mark = ' class="long"' if len(_text(cell)) > _LONG else mark
             cells.append(f"<td{mark}>{html.escape(_text(cell))}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</tbody></table></div>"])
