@@ -1,6 +1,6 @@
 # Two commands for a newcomer: `make quickstart` trains a small model with DPO, `make test` runs the first tier.
 #
-#   EXTRA=cuda12        extras for quickstart, comma separated (cuda12, cuda13, tpu, wandb, data)
+#   EXTRA=cuda12        extras for quickstart, comma separated (cuda12, cuda13, tpu, data)
 #   PYTHON=python3.12   the interpreter that the virtual environment is made from
 #   TORCH=              leave torch to pip in `make test-all`; the default pins the build the parity tests ran with
 #   WORKERS=4           pytest processes

@@ -23,7 +23,6 @@ EXTRAS = {
     "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
     "slurm": ["submitit>=1.5"],
     "search": ["optuna>=4.0"],
-    "wandb": ["wandb>=0.18"],
     "cuda12": ["jax[cuda12]>=0.6"],
     "cuda13": ["jax[cuda13]>=0.7.2"],
     "tpu": ["jax[tpu]>=0.6"],
