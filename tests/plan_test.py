@@ -91,13 +91,16 @@ def test_devices_come_by_name_with_numbers():
 
 def test_a_step_is_bound_by_the_largest_of_three():
     parts = dict(parameters=10, frozen=0, reference=4, gradients=6, optimizer=20, temporaries=100, total=90)
-    measured = {"bytes": parts, "flops": {"compiled": 80.0, "traced": 1.0}, "reads": {"policy": 2, "reference": 1},
+    flops = {"analytic": 90.0, "compiled": 80.0, "traced": 1.0, "partial": False}
+    measured = {"bytes": parts, "flops": flops, "reads": {"policy": 2, "reference": 1},
                 "collectives": {"all-gather": {"wire": 30.0}}}
     device = planning.device("peak=10,memory=100,bandwidth=2,link=1")
     time = planning.step_time(measured, device, "float32")
     assert (time["compute"], time["memory"], time["link"]) == (8, (2 * 10 + 4 + 2 * (6 + 20 + 10 + 100)) / 2, 30)
     assert time["bound"] == "memory" and time["overlapped"] == time["memory"] and time["fits"]
     assert time["in_turn"] == 8 + 30 + time["memory"]
+    partial = measured | {"flops": flops | {"partial": True}}  # attention in loops of unknown length: by formula
+    assert planning.step_time(partial, device, "float32")["compute"] == 9
 
 
 def test_forward_flops_by_hand():
@@ -197,6 +200,27 @@ def run_plan(arguments, capsys):
 def test_bad_input_is_refused(arguments, message, capsys):
     code, printed = run_plan(arguments, capsys)
     assert code == 2 and message in printed.err
+
+
+def test_attention_is_planned_as_the_device_has_it(capsys):
+    """A kernel holds no scores; its program cannot be compiled here, blocks stand for it."""
+    def plan(device, attention, length="384"):
+        code, printed = run_plan(["--length", length, "--batch", "2", "--device", device, "--json",
+                               "--config.model.max_positions=512", "--config.model.dtype=bfloat16",
+                               f"--config.model.attention={attention}"], capsys)
+        assert code == 0
+        return json.loads(printed.out)
+
+    kernel, plain = plan("h100", "auto"), plan("h100", "xla")
+    assert (kernel["attention"], plain["attention"]) == ("cudnn", "xla")
+    heads, scores = 2, 4 * 4 * 384 * 384  # rows, bytes
+    assert plain["bytes"]["temporaries"] - kernel["bytes"]["temporaries"] > heads * scores
+    assert kernel["flops"]["partial"] and not plain["flops"]["partial"]
+    assert kernel["flops"]["traced"] < kernel["flops"]["analytic"] == plain["flops"]["analytic"]
+    assert kernel["time"]["compute"] == kernel["flops"]["analytic"] / planning.device("h100").peak["bfloat16"]
+    assert plan("v5e", "auto", "16")["attention"] == "splash" and plan("cpu", "auto", "16")["attention"] == "blocked"
+    code, printed = run_plan(["--length", "16", "--device", "h100", "--config.model.attention=splash"], capsys)
+    assert code == 2 and "the backend is gpu" in printed.err
 
 
 def test_the_command_plans_without_data_and_counts_compilations_with_it(capsys, tmp_path):

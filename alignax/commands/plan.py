@@ -54,8 +54,9 @@ def run(arguments, console) -> int:
     if not arguments.length or not (model["path"] or model["vocab_size"]):
         tokenizer = context.load_tokenizer(config.tokenizer, model["path"])
     shape = context.shape_of(model, tokenizer.vocab_size if tokenizer else 0)
-    # Kernels cannot be compiled without their device.
-    spec = context.model_spec(shape, model | {"attention": "xla"})
+    # A kernel cannot be compiled without its device; attention in blocks holds as little as it does.
+    attention = models.choose_attention(model["attention"], shape, model["dtype"], device.platform or "cpu")
+    spec = context.model_spec(shape, model | {"attention": "xla" if attention == "xla" else "blocked"})
     loss = losses.from_section(stage.loss.to_dict())
     batch = arguments.batch or stage.batch_size
     for flag, value in (("batch", batch), ("length", arguments.length), ("slots", arguments.slots),
@@ -73,7 +74,7 @@ def run(arguments, console) -> int:
                                 rules=sharding.check_rules(config.mesh.rules, "config.mesh.rules"))
     measured = planning.measure(setup, planning.Size(batch, needed.pop("shape"), stage.layout), mesh)
     time = planning.step_time(measured, device, model["dtype"])
-    report = {"stage": name, "loss": loss.name, "dtype": model["dtype"], "remat": spec.remat,
+    report = {"stage": name, "loss": loss.name, "dtype": model["dtype"], "remat": spec.remat, "attention": attention,
               "parameters": _count(setup), **measured, "compilations": needed, "time": time}
     if arguments.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
@@ -211,9 +212,9 @@ def _show(console, report, device, budget: int) -> None:
 
     mesh = ", ".join(f"{k} {v}" for k, v in report["mesh"].items())
     console.print(f"{report['stage']}: {report['loss']}, {report['parameters']:,} parameters in {report['dtype']}, "
-                  f"remat {report['remat']}; {report['prompts']} prompts as {report['rows']} rows of "
-                  f"{report['columns']} tokens, {report['slots']} slots; {report['devices']} devices ({mesh})",
-                  highlight=False)
+                  f"remat {report['remat']}, attention {report['attention']}; {report['prompts']} prompts as "
+                  f"{report['rows']} rows of {report['columns']} tokens, {report['slots']} slots; {report['devices']} "
+                  f"devices ({mesh})", highlight=False)
     table = Table("bytes of one device", "", title="memory", title_justify="left")
     for key, label in _PARTS:
         table.add_row(label, _bytes(report["bytes"][key]))
@@ -223,8 +224,9 @@ def _show(console, report, device, budget: int) -> None:
     console.print(f"passes of an update: {passes}", highlight=False)
     flops = report["flops"]
     table = Table("one device, one update", "", title="arithmetic", title_justify="left")
-    for key, label in (("analytic", "by formula"), ("traced", "products of the traced program"),
-                       ("compiled", "products of the compiled program"),
+    lacks = " (blocks of attention once)" if flops["partial"] else ""
+    for key, label in (("analytic", "by formula"), ("traced", f"products of the traced program{lacks}"),
+                       ("compiled", f"products of the compiled program{lacks}"),
                        ("xla", "XLA's cost analysis (bodies of loops once)")):
         table.add_row(label, _flops(flops[key]))
     console.print(table)

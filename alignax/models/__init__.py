@@ -34,16 +34,16 @@ from alignax.models.hf import (
 )
 from alignax.models.hub import resolve
 from alignax.models.layers import Layer, LayerCache, linear
-from alignax.models.readers import ATTENTION, choose_attention
+from alignax.models.readers import ATTENTION, choose_attention, in_loops
 from alignax.models.remat import OFFLOADED, REMAT, check_remat
 from alignax.models.token_heads import init_heads
 
 __all__ = [
-    "ATTENTION", "AdapterConfig", "COMPANIONS", "Decoder", "DecoderConfig", "FAMILIES", "Layer", "LayerCache", "NATIVE",
-    "OFFLOADED", "REMAT", "RopeScaling", "TensorReader", "abstract_params", "attend", "attention_mask",
+    "ATTENTION", "AdapterConfig", "COMPANIONS", "Decoder", "DecoderConfig", "FAMILIES", "Layer", "LayerCache",
+    "NATIVE", "OFFLOADED", "REMAT", "RopeScaling", "TensorReader", "abstract_params", "attend", "attention_mask",
     "check_remat", "check_target", "choose_attention", "copy_companions", "decode_step", "describe", "extend_cache",
-    "forward", "forward_edited", "gather_last", "head", "init_adapters", "init_cache", "init_heads", "init_params",
-    "init_scalar_head", "last_token_positions", "last_token_rewards", "layers_apart", "linear", "load", "logits",
-    "merge", "open_tensors", "read_config", "read_generation_ids", "resolve", "save", "saved_dtype", "scalar_head",
-    "staged", "write_tensors",
+    "forward", "forward_edited", "gather_last", "head", "in_loops", "init_adapters", "init_cache", "init_heads",
+    "init_params", "init_scalar_head", "last_token_positions", "last_token_rewards", "layers_apart", "linear", "load",
+    "logits", "merge", "open_tensors", "read_config", "read_generation_ids", "resolve", "save", "saved_dtype",
+    "scalar_head", "staged", "write_tensors",
 ]

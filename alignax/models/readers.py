@@ -82,6 +82,12 @@ def choose_attention(name: str, config: DecoderConfig, dtype: Any, platform: str
     return name
 
 
+def in_loops(implementation: str, config: DecoderConfig, columns: int, over: NamedSharding | None) -> bool:
+    """Whether attention over rows of so many columns is loops whose length hangs on the mask (see flash)."""
+    return (implementation == "blocked" and config.positions != "alibi" and columns > BLOCK
+            and (over is None or _axes(over)[1] is None))
+
+
 def make_reader(implementation: str, mask: Array, over: NamedSharding | None = None, *,
                 interpret: bool = False) -> Reader:
     """The Reader of a causal mask bool [R,T,T] whose rows and columns lie as `over` says (None: one device).

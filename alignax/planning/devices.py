@@ -12,7 +12,8 @@ from alignax.types import ConfigError
 @dataclasses.dataclass(frozen=True)
 class Device:
     """One device: dense FLOP/s by the parameters' dtype, bytes of memory, bytes/s of it, and bytes/s that it sends to
-    its neighbours of one fast domain (all links together, one direction)."""
+    its neighbours of one fast domain (all links together, one direction). platform: as JAX names it, which decides
+    what `auto` attention is there; empty where it is not known."""
 
     name: str
     peak: Mapping[str, float]
@@ -20,18 +21,20 @@ class Device:
     bandwidth: float
     link: float
     about: str = ""
+    platform: str = ""
 
 
 # Dense peaks. float32 is what a float32 product costs at JAX's default precision: TF32 on the GPUs, one bfloat16 pass
 # on TPUs. Links: NVLink 4 inside a node of 8; the chip-to-chip network of a TPU slice. Between nodes or slices the
 # network is slower by 10 or more: give `link=` for a mesh that spans them.
 DEVICES: dict[str, Device] = {d.name: d for d in (
-    Device("h100", {"bfloat16": 989e12, "float32": 495e12}, 80e9, 3.35e12, 450e9, "NVIDIA H100 SXM, 80 GB"),
-    Device("h200", {"bfloat16": 989e12, "float32": 495e12}, 141e9, 4.8e12, 450e9, "NVIDIA H200 SXM, 141 GB"),
-    Device("v5e", {"bfloat16": 197e12, "float32": 197e12}, 16e9, 0.819e12, 200e9, "TPU v5e"),
-    Device("v5p", {"bfloat16": 459e12, "float32": 459e12}, 95e9, 2.765e12, 600e9, "TPU v5p"),
+    Device("h100", {"bfloat16": 989e12, "float32": 495e12}, 80e9, 3.35e12, 450e9, "NVIDIA H100 SXM, 80 GB", "gpu"),
+    Device("h200", {"bfloat16": 989e12, "float32": 495e12}, 141e9, 4.8e12, 450e9, "NVIDIA H200 SXM, 141 GB",
+           "gpu"),
+    Device("v5e", {"bfloat16": 197e12, "float32": 197e12}, 16e9, 0.819e12, 200e9, "TPU v5e", "tpu"),
+    Device("v5p", {"bfloat16": 459e12, "float32": 459e12}, 95e9, 2.765e12, 600e9, "TPU v5p", "tpu"),
     Device("cpu", {"bfloat16": 1e12, "float32": 1e12}, 64e9, 0.1e12, 10e9,
-           "a server of some 16 cores, in round numbers; give your own"),
+           "a server of some 16 cores, in round numbers; give your own", "cpu"),
 )}
 _NUMBERS = ("peak", "memory", "bandwidth", "link")
 

@@ -186,7 +186,8 @@ def measure(setup: Setup, size: Size, mesh: Mesh | AbstractMesh) -> dict[str, An
 
     bytes: parameters (trained), frozen, reference (0 where it is the frozen base), optimizer, gradients, batch,
     temporaries (activations, gradients, logits: what the program holds beyond its arguments; None without devices)
-    and total. flops: analytic, traced and compiled (None without devices), `xla` (XLA's own number, loop bodies once).
+    and total. flops: analytic, traced and compiled (None without devices), `xla` (XLA's own number, loop bodies once);
+    partial: whether attention is loops of unknown length, so that all but the first lack most of it.
     collectives: {kind: {count, bytes, wire}} or None. passes: {stream: types.Passes as a dict}. reads: how often the
     parameters of policy and reference are read. donated: outputs that reuse an input's memory, of `donatable` leaves of
     the state. Raises ConfigError for sizes that do not divide.
@@ -213,7 +214,7 @@ def measure(setup: Setup, size: Size, mesh: Mesh | AbstractMesh) -> dict[str, An
     out = {"devices": devices, "mesh": dict(mesh.shape), "rows": rows, "columns": columns,
            "slots": pair.targets.shape[2], "prompts": size.prompts, "bytes": parts,
            "flops": {"analytic": analytic / devices, "traced": traced_flops(traced.jaxpr) / devices, "compiled": None,
-                     "xla": None},
+                     "xla": None, "partial": models.in_loops(setup.spec.attention, setup.spec.config, columns, over)},
            "collectives": None, "donated": None, "donatable": len(jax.tree.leaves(state)),
            "passes": {stream: one._asdict() for stream, one in needed.items()},
            "reads": _reads(needed.values(), setup.accumulation, again=setup.spec.remat != "none"),
