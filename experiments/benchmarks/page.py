@@ -89,9 +89,9 @@ def draw_population(result: dict[str, Any], path: pathlib.Path) -> None:
 def section(name: str, result: dict[str, Any]) -> list[str]:
     """One benchmark."""
     lines = [f"## {result['title']}", "", f"`python experiments/benchmarks/{ORDER[name]}`"]
-    one = result["machine"]
-    lines[-1] += (f", {one['cores']} cores of a shared virtual machine with {one['memory_gigabytes']} GB of memory, "
-                  f"load {one['load_before']} before it began, {result['seconds']:.0f} seconds in all.")
+    if one := result.get("machine"):
+        lines[-1] += (f", {one['cores']} cores of a shared virtual machine with {one['memory_gigabytes']} GB of "
+                      f"memory, load {one['load_before']} before it began, {result['seconds']:.0f} seconds in all.")
     lines += ["", *result["about"], ""]
     if result["quick"]:
         lines += ["*Toy sizes: these numbers show that the script runs, nothing else.*", ""]
