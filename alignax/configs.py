@@ -191,6 +191,11 @@ def check(config: ConfigDict) -> None:
             _check_counts(stage, where)
 
 
+def plain_of(config: ConfigDict) -> dict[str, Any]:
+    """A config or section as JSON holds it: plain dicts, lists for tuples."""
+    return json.loads(json.dumps(config.to_dict(), default=list))
+
+
 def of_run(folder: pathlib.Path, flag: str = "") -> dict[str, Any]:
     """The config in a run's folder as plain data, completed. Raises ConfigError, with `flag` before the folder's name,
     where it holds no run."""
@@ -209,12 +214,11 @@ def completed(plain: dict[str, Any]) -> dict[str, Any]:
 
     For runs of earlier releases: the default of a key that comes later is what was done before there was one.
     """
-    of = lambda section: json.loads(json.dumps(section.to_dict(), default=list))
     kinds = {name: plain.get(name, {}).get("kind") for name in plain.get("stages", ())}
-    stages = {name: of(_TEMPLATES[kind]()) for name, kind in kinds.items() if kind in _TEMPLATES}
+    stages = {name: plain_of(_TEMPLATES[kind]()) for name, kind in kinds.items() if kind in _TEMPLATES}
     for template in stages.values():
         template.pop("loss", None)  # a loss knows its own defaults
-    return _filled(plain, {k: v for k, v in of(base()).items() if k != "stages"} | stages)
+    return _filled(plain, {k: v for k, v in plain_of(base()).items() if k != "stages"} | stages)
 
 
 def _filled(found: Any, template: Any) -> Any:

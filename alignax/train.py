@@ -61,7 +61,7 @@ def run(config: ConfigDict, workdir: pathlib.Path | str, *, console: Console | N
         except (ConfigError, DataError) as error:  # name the keys as they stand in the user's file
             raise type(error)(str(error).replace(f"config.{configs.SINGLE}.", "config.")) from error
     configs.check(config)
-    plain = json.loads(json.dumps(config.to_dict(), default=list))
+    plain = configs.plain_of(config)
     distributed.agree("the config", plain)
     claim(workdir, plain)
     result_path = workdir / "result.json"

@@ -211,9 +211,6 @@ def test_workdir_of_another_config(capsys, run):
     assert contents(workdir) == before
 
 
-# The other commands
-
-
 def test_runs_of_earlier_releases_are_read_and_go_on(capsys, run, tmp_path):
     """A config that lacks keys which came later stands for their defaults, and only for those."""
     argv, workdir = run
@@ -229,6 +226,9 @@ def test_runs_of_earlier_releases_are_read_and_go_on(capsys, run, tmp_path):
     assert cli.main(argv) == 0 and "finished already" in capsys.readouterr().out
     refused(capsys, [*argv, "--config.mesh.sequence=2"], "another config", "mesh.sequence: stored 1, given 2")
     examine.open_run(old, Console(quiet=True))
+
+
+# The other commands
 
 
 def test_dry_run_prints_and_writes_nothing(capsys, place):

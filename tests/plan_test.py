@@ -206,8 +206,8 @@ def test_attention_is_planned_as_the_device_has_it(capsys):
     """A kernel holds no scores; its program cannot be compiled here, blocks stand for it."""
     def plan(device, attention, length="384"):
         code, printed = run_plan(["--length", length, "--batch", "2", "--device", device, "--json",
-                               "--config.model.max_positions=512", "--config.model.dtype=bfloat16",
-                               f"--config.model.attention={attention}"], capsys)
+                                  "--config.model.max_positions=512", "--config.model.dtype=bfloat16",
+                                  f"--config.model.attention={attention}"], capsys)
         assert code == 0
         return json.loads(printed.out)
 

@@ -20,15 +20,15 @@ def estimate(members: Sequence[Any], bases: Sequence[Any], console, *, halving: 
     bases: the stages that members share (population.bases). halving: a population.Halving, of which the updates that
     it leaves are counted. Sampling, evaluation and compilation are left out, and so is what early stopping saves.
     """
-    from alignax import population
+    from alignax import configs, population
     from alignax.population.rules import applies
-    from alignax.population.structure import plain_of, seedless
+    from alignax.population.structure import seedless
 
     # (structure of a stage, where it stands to the one with rungs) -> an example, and the settings of its runs
     jobs: dict[tuple[str, str], dict[str, Any]] = {}
 
     def note(config, stages, rule) -> None:
-        plain = plain_of(config)
+        plain = configs.plain_of(config)
         for name in stages:
             if config[name].kind == "train":
                 halved = [s for s in plain["stages"][:plain["stages"].index(name) + 1] if applies(rule, s, plain)]

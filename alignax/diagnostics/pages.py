@@ -70,9 +70,12 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]], *, sorta
     for row in rows:
         cells = []
         for cell in row:
-            mark = f' class="number" data-sort="{cell!r}"' if isinstance(cell, (int, float)) else ""
-            mark = ' class="long"' if len(_text(cell)) > _LONG else mark
-            cells.append(f"<td{mark}>{html.escape(_text(cell))}</td>")
+            text, mark = _text(cell), ""
+            if isinstance(cell, (int, float)):
+                mark = f' class="number" data-sort="{cell!r}"'
+            elif len(text) > _LONG:
+                mark = ' class="long"'
+            cells.append(f"<td{mark}>{html.escape(text)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</tbody></table></div>"])
 

@@ -84,8 +84,12 @@ def choose_attention(name: str, config: DecoderConfig, dtype: Any, platform: str
 
 def in_loops(implementation: str, config: DecoderConfig, columns: int, over: NamedSharding | None) -> bool:
     """Whether attention over rows of so many columns is loops whose length hangs on the mask (see flash)."""
-    return (implementation == "blocked" and config.positions != "alibi" and columns > BLOCK
-            and (over is None or _axes(over)[1] is None))
+    return config.positions != "alibi" and _tiled(implementation, columns, over)
+
+
+def _tiled(implementation: str, columns: int, over: NamedSharding | None) -> bool:
+    """Whether rows of so many columns are computed in tiles, unless a bias is added."""
+    return implementation == "blocked" and columns > BLOCK and (over is None or _axes(over)[1] is None)
 
 
 def make_reader(implementation: str, mask: Array, over: NamedSharding | None = None, *,
@@ -101,7 +105,7 @@ def make_reader(implementation: str, mask: Array, over: NamedSharding | None = N
     if mask.shape[1] % ways:
         raise ConfigError(f"rows of {mask.shape[1]} columns do not divide over mesh.sequence={ways}; allowed: a "
                           "length that is a multiple of it (bucket_multiple)")
-    if implementation == "blocked" and columns is None and mask.shape[1] > BLOCK:
+    if _tiled(implementation, mask.shape[1], over):
         return Reader(implementation, mask, over, causal=True, tiles=_tiles(mask, over))
     if implementation != "splash":
         # Without columns to cut, the partitioner cuts rows and heads by itself.

@@ -98,7 +98,7 @@ def run(members: Sequence[Any], workdir: pathlib.Path | str, *, console: Console
     structure.bases((), seeds=seeds)  # refuses another rule before anything is written
     generation.check_mode(generate)
     for name, rule in (("halving", halving), ("early_stop", early_stop)):
-        for plain in (structure.plain_of(configs.staged(one.config)) for one in members if rule):
+        for plain in (configs.plain_of(configs.staged(one.config)) for one in members if rule):
             rules.check(rule, plain, name)
     home = workdir / FOLDER
     home.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ class _Engine:
         with self.alone(one.name):
             config = configs.staged(one.config)
             configs.check(config)
-            plain, folder = structure.plain_of(config), pathlib.Path(one.folder).absolute()
+            plain, folder = configs.plain_of(config), pathlib.Path(one.folder).absolute()
             train_lib.claim(folder, plain)
             if (done := folder / "result.json").exists():
                 self.settle(one.name, Result(json.loads(done.read_text(encoding="utf-8"))))
@@ -200,7 +200,7 @@ class _Engine:
             waiting = [self.live[n] for n in base.members if n in self.live]
             if not any(not live.done(s).exists() for live in waiting for s in base.stages):
                 continue
-            plain = structure.plain_of(base.config)
+            plain = configs.plain_of(base.config)
             folder = self.home / f"base-{_short(plain)}"
             for earlier, known in self._bases.items():
                 if _begins(plain, known) and not (folder / "config.json").exists():

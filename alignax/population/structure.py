@@ -40,11 +40,6 @@ class Base:
         return tuple(self.config.stages)
 
 
-def plain_of(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON holds it."""
-    return json.loads(json.dumps(config.to_dict(), default=list))
-
-
 def signature(plain: Mapping[str, Any], stage: str) -> str:
     """What has to be equal for two members to train a stage in one program; `plain`: a member's config as JSON.
 
@@ -83,7 +78,7 @@ def groups(members: Iterable[Any]) -> list[list[str]]:
     found = defaultdict(list)
     for one in members:
         config = configs.staged(one.config)
-        plain = plain_of(config)
+        plain = configs.plain_of(config)
         key = [signature(plain, s) if plain[s]["kind"] == "train" else _key(plain[s]) for s in plain["stages"]]
         found[_key(key)].append(one.name)
     return list(found.values())
@@ -102,7 +97,7 @@ def bases(members: Sequence[Any], *, seeds: str = "shared") -> list[Base]:
     chains, whole, plains = {}, {}, {}
     for one in members:
         config = configs.staged(one.config)
-        plain = plains[one.name] = plain_of(config)
+        plain = plains[one.name] = configs.plain_of(config)
         run = {k: plain[k] for k in configs.base() if k in plain and k not in ("seed", "stages")}
         run |= {"seed": plain["seed"]} if seeds == "own" else {}
         names = plain["stages"]

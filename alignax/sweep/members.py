@@ -36,7 +36,7 @@ class Member:
 
     def plain(self) -> dict[str, Any]:
         """The config as JSON holds it."""
-        return json.loads(json.dumps(self.config.to_dict(), default=list))
+        return configs.plain_of(self.config)
 
     def record(self) -> dict[str, Any]:
         """What the sweep's folder remembers of it."""

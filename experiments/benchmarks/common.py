@@ -208,13 +208,17 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> str:
     """Median of the rounds' own ratios, with quartiles, as text."""
-    low, middle, high = quartiles(np.asarray(above, float) / np.asarray(below, float))
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+    return spread(np.asarray(above, float) / np.asarray(below, float))
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:
     """Median with quartiles, as text."""
-    low, middle, high = quartiles(values)
+    return written(quartiles(values), digits)
+
+
+def written(found: tuple[float, float, float], digits: int = 2) -> str:
+    """What quartiles found, as text: the median, then the quartiles."""
+    low, middle, high = found
     return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
 
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import finish, gate, machine, parser, quartiles, wide_console
+from common import finish, gate, machine, parser, quartiles, wide_console, written
 from rich.console import Console
 
 from alignax import data, losses, models, step
@@ -148,10 +148,9 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict]:
 
 def shown(row: dict) -> list[str]:
     """A row of the table."""
-    middle = lambda numbers, digits: "{1:,.{d}f} ({0:,.{d}f}-{2:,.{d}f})".format(*numbers, d=digits)
     columns = row["shape"]["T"]
     return [row["layout"], f"{row['cells_per_update'] / columns:.0f} x {columns}", f"{row['fill']:.2f}",
-            middle(row["tokens_per_second"], 0), middle(row["speed_against_padded"], 2),
+            written(row["tokens_per_second"], 0), written(row["speed_against_padded"]),
             f"{row['temporary_megabytes']:.0f}", f"{row['compile_seconds']:.1f}"]
 
 

@@ -8,7 +8,7 @@ log-probs of the reference only, which should cost what DPO costs (or less, with
 declared passes say what to expect: `expected` counts a backward pass as two forward passes, and the completions that
 the loss takes. The ratio of FLOPs is the compiler's own count, which no other job on the machine disturbs.
 
-Cost: about 12 minutes on two idle cores, most of it compiling.
+Cost: about 15 minutes on two idle cores, most of it compiling.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
     with metrics.progress(console) as bar, concurrent.futures.ThreadPoolExecutor(2) as pool:
         task = bar.add_task("losses", total=len(wanted), numbers="")
         for first in range(0, len(wanted), GROUP):
+            # A list: nothing compiles while another is timed.
             for run in list(pool.map(made, wanted[first:first + GROUP])):
                 if run is not None:
                     bar.update(task, description=run.name)
