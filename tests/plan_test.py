@@ -219,6 +219,8 @@ def test_attention_is_planned_as_the_device_has_it(capsys):
     assert kernel["flops"]["traced"] < kernel["flops"]["analytic"] == plain["flops"]["analytic"]
     assert kernel["time"]["compute"] == kernel["flops"]["analytic"] / planning.device("h100").peak["bfloat16"]
     assert plan("v5e", "auto", "16")["attention"] == "splash" and plan("cpu", "auto", "16")["attention"] == "blocked"
+    given = "peak=1e14,memory=4e10,bandwidth=1e12,link=1e11"  # a kernel that is named is taken at its word
+    assert [plan(given, name, "16")["attention"] for name in ("cudnn", "auto")] == ["cudnn", "blocked"]
     code, printed = run_plan(["--length", "16", "--device", "h100", "--config.model.attention=splash"], capsys)
     assert code == 2 and "the backend is gpu" in printed.err
 

@@ -55,7 +55,9 @@ def run(arguments, console) -> int:
         tokenizer = context.load_tokenizer(config.tokenizer, model["path"])
     shape = context.shape_of(model, tokenizer.vocab_size if tokenizer else 0)
     # A kernel cannot be compiled without its device; attention in blocks holds as little as it does.
-    attention = models.choose_attention(model["attention"], shape, model["dtype"], device.platform or "cpu")
+    attention = model["attention"]
+    if device.platform or attention == "auto":  # of numbers alone nobody knows which kernels are there
+        attention = models.choose_attention(attention, shape, model["dtype"], device.platform or "cpu")
     spec = context.model_spec(shape, model | {"attention": "xla" if attention == "xla" else "blocked"})
     loss = losses.from_section(stage.loss.to_dict())
     batch = arguments.batch or stage.batch_size
