@@ -20,7 +20,7 @@ from train_test import quiet, story_pairs, tiny_base
 from alignax import configs, context, evaluate, population, rollout
 from alignax.commands import sweep_cost
 from alignax.population import generation
-from alignax.population.rules import Halving
+from alignax.population.rules import EarlyStop, Halving
 from alignax.types import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -234,4 +234,6 @@ def test_the_estimate_counts_what_halving_leaves(tmp_path, monkeypatch):
     halved = sweep_cost.estimate(members, (), quiet(), halving=Halving("loss", "min", (10, 20), 0.5, "method"))
     assert halved[:2] == ["method (dpo), 8 runs: 40 updates of 10.0 ms; halving leaves 160 of 320",
                           "later (ipo), 8 runs: 40 updates of 10.0 ms; halving leaves 80 of 320"]
-    assert "about 2 seconds" in halved[2] and "halving" not in " ".join(sweep_cost.estimate(members, (), quiet()))
+    stopped = sweep_cost.estimate(members, (), quiet(), early_stop=EarlyStop("accuracy", "max", 2, "method"))
+    assert "about 6 seconds less what early stopping on accuracy saves;" in stopped[2]
+    assert "about 2 seconds;" in halved[2] and "halving" not in " ".join(sweep_cost.estimate(members, (), quiet()))

@@ -307,7 +307,8 @@ def _show_plan(work: _Work, folder: pathlib.Path, base: str, console, *, estimat
                       highlight=False)
     left = sweep.left(folder, members)
     if estimate and left:
-        for line in sweep_cost.estimate(left, bases, console, halving=work.rules["halving"]):
+        for line in sweep_cost.estimate(left, bases, console, halving=work.rules["halving"],
+                                        early_stop=work.rules["early_stop"]):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -14,11 +14,13 @@ _REPEATS = 3
 _PROMPT = 16
 
 
-def estimate(members: Sequence[Any], bases: Sequence[Any], console, *, halving: Any = None) -> list[str]:
+def estimate(members: Sequence[Any], bases: Sequence[Any], console, *, halving: Any = None,
+             early_stop: Any = None) -> list[str]:
     """Lines that tell the seconds of training of `members`, one after another, or why they are not known.
 
     bases: the stages that members share (population.bases). halving: a population.Halving, of which the updates that
-    it leaves are counted. Sampling, evaluation and compilation are left out, and so is what early stopping saves.
+    it leaves are counted. early_stop: a population.EarlyStop; what it saves depends on the curves, which the
+    last line says. Sampling, evaluation and compilation are left out.
     """
     from alignax import configs, population
     from alignax.population.rules import applies
@@ -60,6 +62,7 @@ def estimate(members: Sequence[Any], bases: Sequence[Any], console, *, halving: 
         lines.append(f"{text}: {steps} updates of {seconds * 1e3:.1f} ms"
                      + (f"; halving leaves {updates} of {whole}" if updates < whole else ""))
     lines.append(f"training alone, one update after another on this machine: about {_span(total)}"
+                 + (f" less what early stopping on {early_stop.metric} saves" if early_stop else "")
                  + (f", and {unknown} stages not timed" if unknown else "")
                  + "; a population takes less, sampling and evaluation come on top")
     return lines

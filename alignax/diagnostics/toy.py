@@ -66,22 +66,31 @@ def unseen_mask(pairs: Pairs, prompts: int = PROMPTS, responses: int = RESPONSES
 
 
 def mlp(key: jax.Array, sizes: Sequence[int] = (PROMPTS, HIDDEN, RESPONSES)) -> list[dict[str, jax.Array]]:
-    """Weights of a network with these widths, uniform within +-1 / sqrt(fan-in); float32."""
+    """Weights of a network with these widths, uniform within +-1 / sqrt(fan-in); float32.
+
+    The first layer's are [prompts, width], a row per prompt, the others' [out, in]. The hidden width is then the last
+    axis of all of them: Adam on leaves with 10 in the last axis took three times as long on a CPU.
+    """
     params = []
     for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
         key, first, second = jax.random.split(key, 3)
         bound = fan_in ** -0.5
-        params.append({"weight": jax.random.uniform(first, (fan_in, fan_out), minval=-bound, maxval=bound),
+        weight = jax.random.uniform(first, (fan_in, fan_out), minval=-bound, maxval=bound)
+        params.append({"weight": weight.T if params else weight,
                        "bias": jax.random.uniform(second, (fan_out,), minval=-bound, maxval=bound)})
     return params
 
 
 def mlp_logits(params: list[dict[str, jax.Array]]) -> jax.Array:
-    """Logits [P, A] of the network at all one-hot prompts, ReLU between layers. A one-hot input picks a row."""
-    hidden = params[0]["weight"] + params[0]["bias"][None]
+    """Logits [P, A] of the network at all one-hot prompts, ReLU between layers. A one-hot input picks a row.
+
+    One product per prompt: the gradient of a weight is then a sum of outer products, which the compiler fuses; as one
+    product over the few prompts it made an update of a population 1.4 times as long on a CPU.
+    """
+    rows = list(params[0]["weight"] + params[0]["bias"][None])
     for layer in params[1:]:
-        hidden = jax.nn.relu(hidden) @ layer["weight"] + layer["bias"][None]
-    return hidden
+        rows = [layer["weight"] @ jax.nn.relu(row) + layer["bias"] for row in rows]
+    return jnp.stack(rows)
 
 
 def table_logits(params: jax.Array) -> jax.Array:

@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
     plans = {"models": (model_case, torch_model_time, (1, 2) if args.quick else (1, 2, 4, 8, 16),
                         2 if args.quick else 8),
              "toys": (toy_case, torch_toy_time, (2, 8) if args.quick else (1, 4, 16, 64, 256),
-                      20 if args.quick else 200)}
+                      20 if args.quick else 500)}
     repeats, results, absent = 1 if args.quick else 5, {}, {}
     for name, (case, torch_time, counts, length) in plans.items():
         if args.only in (None, name):
