@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +119,15 @@ def test_numbers_that_are_not_finite_name_their_record(policy):
     """Only the second record holds the token whose embedding is broken."""
     model = policy["model"]
     broken = {"model": {**model, "embedding": model["embedding"].at[21].set(jnp.nan)}}
-    with pytest.raises(FloatingPointError, match=r"is nan|is \[.*nan"):
+    with pytest.raises(FloatingPointError, match=re.escape(RECORDS[4].place) + r": .* is (nan|\[.*nan)"):
         pairs.score(SPEC, broken, [RECORDS[2], RECORDS[4]], pad_id=0, batch_size=2)
+
+
+def test_infinite_numbers_name_their_record(policy, monkeypatch):
+    numbers = pairs._numbers
+    monkeypatch.setattr(pairs, "_numbers", lambda *given: numbers(*given) | {"ches": jnp.asarray([0.0, jnp.inf])})
+    with pytest.raises(FloatingPointError, match=re.escape(RECORDS[1].place) + ": ches is inf"):
+        pairs.score(SPEC, policy, RECORDS[1:3], pad_id=0, batch_size=2)
 
 
 @pytest.mark.parametrize("text, good", [
