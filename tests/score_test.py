@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -30,6 +31,7 @@ def record(id, prompt, *completions, **more):
 RECORDS = [record("c", [1, *range(3, 20)], [5, 6], [6, 5, 2]), record("b", [1, 5], [7, 2], [9, 10, 11, 2]),
            record("a", [1, 5, 6], [7, 8, 2], [9, 2]), record("d", [1], [12, 2], [4, 4, 4, 2], labels=(0, 1)),
            record("e", [1, 9], [*range(3, 22)], [8, 8])]
+RECORDS = [dataclasses.replace(r, line=n) for n, r in enumerate(RECORDS, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_numbers_that_are_not_finite_name_their_record(policy):
 def test_infinite_numbers_name_their_record(policy, monkeypatch):
     numbers = pairs._numbers
     monkeypatch.setattr(pairs, "_numbers", lambda *given: numbers(*given) | {"ches": jnp.asarray([0.0, jnp.inf])})
-    with pytest.raises(FloatingPointError, match=re.escape(RECORDS[1].place) + ": ches is inf"):
+    with pytest.raises(FloatingPointError, match=re.escape(RECORDS[2].place) + ": ches is inf"):
         pairs.score(SPEC, policy, RECORDS[1:3], pad_id=0, batch_size=2)
 
 
