@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from alignax import configs, context, data, losses, sample, sharding, stage_setup, step, train, watch
+from alignax import configs, context, data, losses, sample, scoring, sharding, stage_setup, step, train, watch
 from alignax.diagnostics import agreement, ches
 from alignax.ops.reductions import reduce_terms
 from alignax.types import REQUESTS, ConfigError, DataError
@@ -67,7 +67,7 @@ def stage(ctx: context.Context, config: ConfigDict, name: str, *, prompts: int, 
     from the parameters that the stage began with. Returns change (side -> log-ratios [n] to the start in nats, sides
     chosen, rejected, fresh, greedy), baseline [n] (-KL(start||end) on the fresh samples, exact at each of their
     prefixes), lengths, probabilities of the greedy completion, entropy, ches, agreement, and slopes where the loss is
-    a function of the pair's log-probs. Raises DataError where no record has two completions.
+    a function of the pair's log-probs. Raises DataError where no record states a preference.
     """
     section = config[name].to_dict()
     records, init = pair_records(ctx, config, name, section)
@@ -106,16 +106,18 @@ def stage(ctx: context.Context, config: ConfigDict, name: str, *, prompts: int, 
 
 
 def pair_records(ctx: context.Context, config: ConfigDict, name: str, section: Mapping[str, Any]) -> tuple[list, str]:
-    """The stage's training records with two completions, and the stage that it starts from."""
+    """The stage's training records as pairs, the better completion first (scoring.as_pair), and the stage that it
+    starts from. Records that state no preference are left out."""
     before = "model"
     for other in config.stages[:config.stages.index(name)]:
         before = other if config[other].kind == "train" else before
     init = before if section["init"] == "previous" else section["init"]
     quiet = dataclasses.replace(ctx, console=Console(quiet=True))  # what a run says of its records, it has said
-    records = [r for r in stage_setup.records_of(quiet, name, section)[0] if len(r.completions) >= 2]
-    if not records:
-        raise DataError(f"config.{name}.data: no record has two completions; a report compares chosen and rejected")
-    return records, init
+    pairs = [scoring.as_pair(r) for r in stage_setup.records_of(quiet, name, section)[0]]
+    if not any(pairs):
+        raise DataError(f"config.{name}.data: no record prefers one completion to another; a report compares chosen "
+                        "and rejected")
+    return [r for r in pairs if r is not None], init
 
 
 def spread(records: Sequence[data.TokenRecord], count: int, name: str) -> list[data.TokenRecord]:
@@ -159,8 +161,7 @@ def _slopes(ctx: context.Context, loss: losses.Loss, picked, pair: Mapping[str, 
     if "logps" not in loss.requests or set(loss.requests) - told - {"logps", "ref_logps"}:
         return None
     columns, slots = data.bucket_shape(picked, 8)
-    batch = data.padded([dataclasses.replace(r, completions=r.completions[:2]) if len(r.completions) > 2 else r
-                         for r in picked], K=2, T=columns, L=slots, pad_id=ctx.text.pad_id)
+    batch = data.padded(picked, K=2, T=columns, L=slots, pad_id=ctx.text.pad_id)
     given = step.compute(ctx.spec, {"model": ctx.initial["model"]}, None, batch, told) if told else {}
     count = len(picked)
 

@@ -7,6 +7,7 @@ with an interval over records, summaries by side, and one row per completion.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -99,6 +100,23 @@ def preferred(record: data.TokenRecord) -> list[tuple[int, int]]:
     count, rank = len(record.completions), record.scores or record.labels
     pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
     return [(i, j) for i, j in pairs if (i < j if rank is None else rank[i] > rank[j])]
+
+
+def as_pair(record: data.TokenRecord) -> data.TokenRecord | None:
+    """The record cut down to two completions, the better one first, with all that it says of them; None where it
+    states no preference. Of a list: its best completion and the next that is worse."""
+    count = len(record.completions)
+    rank = record.scores or record.labels or range(count, 0, -1)
+    best = max(range(count), key=rank.__getitem__)
+    worse = [k for k in range(count) if rank[k] < rank[best]]
+    if not worse:
+        return None
+    keep = best, max(worse, key=rank.__getitem__)
+    of = lambda values: None if values is None else tuple(values[k] for k in keep)
+    return dataclasses.replace(
+        record, completions=of(record.completions), completion_ended=of(record.completion_ended),
+        scores=of(record.scores), labels=of(record.labels), scored=of(record.scored),
+        columns={name: of(values) for name, values in record.columns.items()})
 
 
 def accuracy(values: np.ndarray, pairs: Sequence[Sequence[tuple[int, int]]]) -> dict[str, float] | None:

@@ -64,7 +64,8 @@ def test_every_layout_is_read(tmp_path):
                        {"prompt": "p", "chosen": "c", "rejected": "r", "id": "one", "margin": 2},
                        {"prompt": "p", "completions": ["a", "b", "c", "d"], "scores": [1, 3, 1.5, 3],
                         "labels": [0, 1, 0, 1]},
-                       {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]},
+                       {"prompt": "p", "completions": ["a", "b", "c"], "labels": [False, True, False],
+                        "extra": {"models": ["m", "n", "o"]}},
                        {"prompt": "p", "completion": "a", "label": False},
                        {"prompt": "p", "completion": "a"}, {"prompt": "p"}, {"text": "t"}, "",
                        {"prompt": "", "completion": "x", "note": 1, "id": 7})
@@ -73,7 +74,8 @@ def test_every_layout_is_read(tmp_path):
     assert (pair.id, pair.completions, pair.margin, pair.line) == ("one", ("c", "r"), 2.0, 1)
     assert scored.completions == ("b", "d", "c", "a")  # best first; the tie b, d keeps the file's order
     assert scored.scores == (3.0, 3.0, 1.5, 1.0) and scored.labels == (1.0, 1.0, 0.0, 0.0)
-    assert labelled.labels == (1.0, 0.0) and labelled.scores is None
+    assert labelled.labels == (1.0, 0.0, 0.0) and labelled.scores is None
+    assert labelled.completions == ("b", "a", "c") and labelled.extra["models"] == ("n", "m", "o")
     assert unpaired.labels == (0.0,) and plain.labels is None
     assert prompt.completions == () and (text.prompt, text.completions) == ("", ("t",))
     assert empty.id == "7" and empty.line == 9

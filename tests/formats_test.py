@@ -114,8 +114,8 @@ ROWS = {
               [("q", ("1+1 = <<1+1=2>>2\n#### 2",), {"extra": {"answer": "2"}})]),
     "gsm8k_solutions": ({"question": "q", "ground_truth": "so\nA: 2", "m": {"is_correct": False, "solution": "A: 3"},
                          "n": {"is_correct": True, "solution": "A: 2"}},
-                        [("q", ("A: 3", "A: 2"), {"labels": (0.0, 1.0), "extra": {
-                            "models": ("m", "n"), "answer": "2", "solution": "so\nA: 2"}})]),
+                        [("q", ("A: 2", "A: 3"), {"labels": (1.0, 0.0), "extra": {
+                            "models": ("n", "m"), "answer": "2", "solution": "so\nA: 2"}})]),
     "math": ({"problem": "q", "solution": r"so $\boxed{\frac{1}{2}}$.", "level": "Level 5", "type": "Algebra"},
              [("q", (r"so $\boxed{\frac{1}{2}}$.",), {"extra": {"answer": r"\frac{1}{2}", "level": "Level 5"}})]),
     "math_shepherd": (SHEPHERD, [("1+1? ", ("Step 1: 1+1 is 2. \nStep 2: The answer is: 2",), {
@@ -467,11 +467,15 @@ def test_gsm8k_solutions_whole(shared):
     records = read(path, ledger=ledger)
     assert len(records) == len(rows) == 1319 and not ledger.dropped and not ledger.noted
     systems = ["6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"]
+    right = dict.fromkeys(systems, 0)
     for record, row in zip(records, rows, strict=True):
-        assert record.extra["models"] == tuple(systems)
-        assert record.completions == tuple(row[s]["solution"] for s in systems)
-        assert record.labels == tuple(float(row[s]["is_correct"]) for s in systems)
-    assert [sum(r.labels[k] for r in records) for k in range(4)] == [286, 515, 458, 742]
+        ranked = sorted(systems, key=lambda s: not row[s]["is_correct"])  # right ones first, else the file's order
+        assert record.extra["models"] == tuple(ranked)
+        assert record.completions == tuple(row[s]["solution"] for s in ranked)
+        assert record.labels == tuple(float(row[s]["is_correct"]) for s in ranked)
+        for system, label in zip(ranked, record.labels, strict=True):
+            right[system] += label
+    assert list(right.values()) == [286, 515, 458, 742]
 
 
 def test_alpaca_eval_whole(shared):

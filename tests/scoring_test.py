@@ -102,6 +102,20 @@ def test_what_is_preferred_follows_scores_then_labels_then_order():
     assert sides == ["best", "others", "others", "chosen", "rejected", "completion"]
 
 
+def test_the_pair_of_a_record_has_the_better_first_and_keeps_what_is_said_of_both():
+    kept = lambda **told: (found := scoring.as_pair(record("a", [1], [4], [5, 2], [6, 6], **told))) and (
+        [c.tolist() for c in found.completions], found.completion_ended, found.scores, found.labels)
+    assert kept() == ([[4], [5, 2]], (False, True), None, None)
+    assert kept(scores=[1, 3, 2], labels=[1, 0, 1]) == ([[5, 2], [6, 6]], (True, False), (3.0, 2.0), (0.0, 1.0))
+    assert kept(labels=[0, 0, 1]) == ([[6, 6], [4]], (False, False), None, (1.0, 0.0))
+    assert kept(scores=[1, 1, 1]) is None and scoring.as_pair(record("a", [1], [4])) is None
+    rich = dataclasses.replace(record("a", [1], [4], [5, 2], labels=[0, 1]),
+                               scored=(np.ones(1, bool), np.zeros(2, bool)),
+                               columns={"steps": (np.zeros(1), np.ones(2))})
+    turned = scoring.as_pair(rich)
+    assert [len(a) for a in (*turned.scored, *turned.columns["steps"])] == [2, 1, 2, 1]
+
+
 def test_accuracy_counts_ties_half_and_a_list_once():
     """Records: a win; a tie; a list with one win in three, which counts for one record."""
     values = np.asarray([[2.0, 1.0, np.nan], [1.0, 1.0, np.nan], [1.0, 3.0, 2.0], [5.0, np.nan, np.nan]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ class Result(NamedTuple):
 class Stage(NamedTuple):
     """A finished preference stage. before, after: parameters {"model": ...} that it began with (those of the stage
     `init`) and ended with, adapters merged. stages: the run's finished train stages, in order. records: pairs of
-    different prompts, spread evenly over its training data, two completions each."""
+    different prompts, spread evenly over its training data, the better completion first."""
 
     ctx: context.Context
     name: str
@@ -70,18 +69,15 @@ class Stage(NamedTuple):
 def open_stage(folder: pathlib.Path, stage: str, *, prompts: int) -> Stage:
     """The preference stage of a run's folder: the one named, else the last finished one, with up to `prompts` pairs.
 
-    Raises ConfigError where the folder holds no run or no such stage, DataError where no record has two completions.
+    Raises ConfigError where the folder holds no run or no such stage, DataError where no record states a
+    preference.
     """
     ctx, config = examine.open_run(folder, Console(quiet=True))
     name = examine.choose(folder, config, stage)[-1]
     section = config[name].to_dict()
     records, init = examine.pair_records(ctx, config, name, section)
-    picked = [r if len(r.completions) == 2 else dataclasses.replace(
-        r, completions=r.completions[:2], completion_ended=r.completion_ended[:2], scores=r.scores and r.scores[:2],
-        labels=r.labels and r.labels[:2], scored=r.scored and r.scored[:2],
-        columns={key: value[:2] for key, value in r.columns.items()}) for r in examine.spread(records, prompts, name)]
     return Stage(ctx, name, init, section, context.finished_stages(folder, config.stages), ctx.params_of(init),
-                 ctx.params_of(name), picked)
+                 ctx.params_of(name), examine.spread(records, prompts, name))
 
 
 def loss_of_pairs(stage: Stage, *, single: bool = False) -> losses.Loss:

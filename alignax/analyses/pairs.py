@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alignax import data, scoring, sharding, step
@@ -17,12 +16,10 @@ _SHORTEST = 16
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _numbers(spec: step.ModelSpec, params, reference, batch, order) -> dict[str, jax.Array]:
-    """[B] or [B,2] each; order [B,2] says which completions are chosen and rejected."""
+def _numbers(spec: step.ModelSpec, params, reference, batch) -> dict[str, jax.Array]:
+    """[B] or [B,2] each."""
     wanted = {"logps", "lengths", "hidden", "mask"} | ({"ref_logps"} if reference is not None else set())
     found = step.compute(spec, params, reference, batch, wanted)
-    found = {name: jnp.take_along_axis(a, order.reshape(order.shape + (1,) * (a.ndim - 2)), axis=1)
-             for name, a in found.items()}
     plain, normalised = ches(found["hidden"], found["mask"])
     out = {"ches": plain, "ches_normalised": normalised, "logp": found["logps"], "tokens": found["lengths"]}
     return out | ({"ref_logp": found["ref_logps"]} if reference is not None else {})
@@ -57,11 +54,11 @@ def score(spec: step.ModelSpec, params, records: Sequence[data.TokenRecord], *, 
     mesh = sharding.make_mesh() if mesh is None else mesh
     ways = sharding.batch_ways(mesh)
     size = -(-batch_size // ways) * ways
-    order = np.asarray([scoring.preferred(r)[0] for r in records], np.int32)
+    records = [scoring.as_pair(r) for r in records]
     out: dict[str, np.ndarray] = {}
     for (columns, slots), index in _batches(records, size):
         batch = data.padded([records[i] for i in index], K=2, T=columns, L=slots, pad_id=pad_id)
-        found = _numbers(spec, params, reference, sharding.shard_batch(batch, mesh), jnp.asarray(order[index]))
+        found = _numbers(spec, params, reference, sharding.shard_batch(batch, mesh))
         for name, values in jax.device_get(found).items():
             place = out.setdefault(name, np.full((len(records), *values.shape[1:]), np.nan))
             place[index] = values  # repeats at the end of a batch write the same numbers again

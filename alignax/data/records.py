@@ -3,7 +3,7 @@
 The layout of a line follows from its fields:
 
     prompt, chosen, rejected                    a pair; completion 0 is the chosen one
-    prompt, completions [, scores] [, labels]   a list, put best first (stably) where scores are given
+    prompt, completions [, scores] [, labels]   a list, put best first (stably) by scores, else by labels
     prompt, completion [, label]                unpaired, label true/false or 1/0
     prompt                                      a prompt to sample from
     text                                        plain text: an empty prompt and one completion
@@ -26,7 +26,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Record:
     """One prompt and its completions, with the place it came from.
 
     prompt, completions: texts, or tuples of messages throughout. completions: empty for a prompt to sample from;
-    pairs have the chosen one first, scored lists the best first.
+    pairs have the chosen one first, scored or labelled lists the best first.
     scores, labels: one per completion or None. margin: external margin of the pair or None.
     file, line: the source, line counted from 1. tools: what a template may offer the model, as JSON objects.
     extra: whatever else a data set knows, immutable. Of its names some are fixed: `steps` holds for each completion
@@ -211,10 +211,10 @@ def plain(content: Content) -> str | list[dict[str, Any]]:
     return content if isinstance(content, str) else [turn.to_json() for turn in content]
 
 
-def best_first(scores: tuple[float, ...], *columns: tuple | None) -> list[tuple | None]:
-    """`scores` and the columns beside it, reordered so that scores fall; ties keep their order, None stays None."""
-    order = sorted(range(len(scores)), key=lambda k: -scores[k])
-    return [None if column is None else tuple(column[k] for k in order) for column in (scores, *columns)]
+def best_first(rank: Sequence[float], *columns: Sequence | None) -> list[tuple | None]:
+    """The columns in the order in which `rank` falls; ties keep their order, None stays None."""
+    order = sorted(range(len(rank)), key=lambda k: -rank[k])
+    return [None if column is None else tuple(column[k] for k in order) for column in columns]
 
 
 def _layout(line: _Line) -> frozenset[str]:
@@ -267,9 +267,10 @@ def from_json(fields: Mapping[str, Any], file: str = "<memory>", line: int = 0) 
         completions = (here.text("text", fields["text"], empty=False),)
     margin = here.number_of("margin", fields["margin"]) if fields.get("margin") is not None else None
     tools, extra = here.tools(), here.extra(len(completions))
-    if scores is not None:
+    if (rank := labels if scores is None else scores) is not None:
         own = [name for name in PER_COMPLETION if name in extra]
-        scores, completions, labels, *columns = best_first(scores, completions, labels, *(extra[name] for name in own))
+        completions, scores, labels, *columns = best_first(
+            rank, completions, scores, labels, *(extra[name] for name in own))
         extra = Frozen({**extra, **dict(zip(own, columns, strict=True))})
     content = [plain(prompt), [plain(c) for c in completions], scores, labels, margin, line]
     content += [chat.thaw(tools), chat.thaw(extra)] if tools is not None or extra else []

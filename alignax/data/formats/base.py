@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from alignax.data import messages as chat
-from alignax.data.records import Content, Record, best_first, plain
+from alignax.data.records import PER_COMPLETION, Content, Record, best_first, plain
 from alignax.types import DataError
 
 
@@ -164,7 +164,8 @@ def having(*names: str, without: Sequence[str] = ()) -> Callable[[Mapping[str, A
 
 def record(place: Place, prompt: Content, completions: Sequence[Content], *, scores: Sequence[float] | None = None,
            labels: Sequence[float] | None = None, margin: float | None = None, **extra: Any) -> Record:
-    """A record whose id is a hash of content and line; scored lists are put best first. None in `extra` is absent.
+    """A record whose id is a hash of content and line; lists are put best first, by scores, else by
+    labels. None in `extra` is absent.
 
     Raises Unusable where a completion, or an assistant turn in it, is empty or blank.
     """
@@ -173,18 +174,17 @@ def record(place: Place, prompt: Content, completions: Sequence[Content], *, sco
             turn.content or "" for turn in completion if turn.role == chat.ASSISTANT and not turn.extra]
         if not all(text.strip() for text in said):
             raise Unusable(place, "empty completion")
-    columns: list[tuple | None] = [tuple(completions), None if labels is None else tuple(labels)]
     extra = chat.freeze({name: value for name, value in extra.items() if value is not None})
-    if scores is not None:
-        own = [name for name in ("steps", "aspects", "models") if name in extra]
-        scores, *columns = best_first(tuple(scores), *columns, *(extra[name] for name in own))
-        extra = chat.Frozen({**extra, **dict(zip(own, columns[2:], strict=True))})
+    own = [name for name in PER_COMPLETION if name in extra]
+    rank = labels if scores is None else scores
+    completions, scores, labels, *columns = best_first(
+        [0.0] * len(completions) if rank is None else rank, completions, scores, labels, *(extra[n] for n in own))
+    extra = chat.Frozen({**extra, **dict(zip(own, columns, strict=True))})
     chat.check_json(extra, str(place), "extra")
-    content = json.dumps([plain(prompt), [plain(c) for c in columns[0]], scores, columns[1], margin, chat.thaw(extra),
+    content = json.dumps([plain(prompt), [plain(c) for c in completions], scores, labels, margin, chat.thaw(extra),
                           place.line], ensure_ascii=True)
     name = hashlib.sha256(content.encode("ascii")).hexdigest()[:16]
-    return Record(name, prompt, columns[0], None if scores is None else tuple(scores), columns[1], margin,
-                  place.file, place.line, extra=extra)
+    return Record(name, prompt, completions, scores, labels, margin, place.file, place.line, extra=extra)
 
 
 def by_prompt(records: list[Record]) -> list[Record]:
