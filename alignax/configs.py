@@ -196,6 +196,11 @@ def plain_of(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(), default=list))
 
 
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether the folder is laid out as that of a run of `alignax train`."""
+    return (folder / "config.json").is_file() and (folder / "stages").is_dir()
+
+
 def of_run(folder: pathlib.Path, flag: str = "") -> dict[str, Any]:
     """The config in a run's folder as plain data, completed. Raises ConfigError, with `flag` before the folder's name,
     where it holds no run."""

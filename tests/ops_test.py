@@ -276,9 +276,3 @@ def test_kl_estimators_agree_with_the_exact_divergence():
     estimate = kl.mean_and_stderr(jnp.array([1.0, 2.0, 6.0, jnp.nan]), jnp.array([1, 1, 1, 0]))
     np.testing.assert_allclose(estimate, [3, np.std([1, 2, 6], ddof=1) / np.sqrt(3), 3], rtol=1e-6)
     assert np.isnan(kl.mean_and_stderr(jnp.array([1.0])).stderr)
-
-
-def test_best_of_n_curve():
-    win, divergence = kl.best_of_n_curve(jnp.array([1, 4]))
-    np.testing.assert_allclose(win, [1 / 2, 4 / 5], rtol=1e-6)
-    np.testing.assert_allclose(divergence, [0, np.log(4) - 3 / 4], rtol=1e-6)

@@ -33,10 +33,6 @@ def add_arguments(parser) -> None:
                         "(default: the last finished)")
 
 
-def _is_run(folder: pathlib.Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "stages").is_dir()
-
-
 def load(arguments) -> Policy:
     """The policy that --model or --run with --stage names.
 
@@ -47,7 +43,7 @@ def load(arguments) -> Policy:
     from alignax.types import ConfigError
 
     run = None
-    if arguments.run or _is_run(pathlib.Path(arguments.model)):
+    if arguments.run or configs.is_run(pathlib.Path(arguments.model)):
         run = pathlib.Path(arguments.run or arguments.model)
     elif arguments.stage:
         raise ConfigError(f"--stage={arguments.stage}: goes with the folder of a run, and --model={arguments.model} is "

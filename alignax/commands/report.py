@@ -37,11 +37,12 @@ def add(commands) -> None:
 
 def run(arguments, console) -> int:
     """Writes the report of what the folder holds; returns the exit code."""
+    from alignax import configs
     from alignax.diagnostics import report_sweep
     from alignax.types import ConfigError
 
     folder = pathlib.Path(arguments.folder)
-    if not (folder / "sweep.json").exists() and (folder / "config.json").exists() and (folder / "stages").is_dir():
+    if not (folder / "sweep.json").exists() and configs.is_run(folder):
         return _of_run(arguments, folder, console)
     if arguments.stage:
         raise ConfigError(f"--stage={arguments.stage}: goes with the folder of a run, and {folder} is none")

@@ -1,4 +1,4 @@
-"""KL divergences: estimators from samples with their standard error, the exact categorical one, best-of-n's.
+"""KL divergences: estimators from samples with their standard error, the exact categorical one.
 
 Sample estimators take log_ratio = log p(x) - log q(x) with x drawn from p, and estimate KL(p || q) in nats.
 """
@@ -59,13 +59,3 @@ def categorical_kl(logp: jax.Array, logq: jax.Array) -> jax.Array:
     live = logp > -jnp.inf
     safe = jnp.where(live, logp, 0)
     return jnp.sum(jnp.where(live, jnp.exp(safe) * (safe - jnp.where(live, logq, 0)), 0), -1)
-
-
-def best_of_n_curve(n: Any) -> tuple[jax.Array, jax.Array]:
-    """(win rate, KL bound) of best-of-n against one sample: n / (n + 1) and log n - (n - 1) / n nats.
-
-    n: number or array >= 1. The KL is an upper bound, tight when no two samples tie (arXiv 2401.01879).
-    """
-    n = jnp.asarray(n)
-    n = n.astype(jnp.promote_types(jnp.float32, n.dtype))
-    return n / (n + 1), jnp.log(n) - (n - 1) / n
