@@ -151,8 +151,8 @@ def tell(ctx: Context, jobs: Sequence[sample.Job], found: Sequence[Drawn], *, ba
             ctx.console.print(f"  {policy} ({gold[policy][i]:+.0f}): {texts[policy][i]}", markup=False)
     headline = {"policy": best["policy"], "win_rate": best["win_rate"],
                 "win_rate_interval": [best["win_low"], best["win_high"]], "kl_on_policy": best["kl_on_policy"],
-                "kl_on_policy_se": best["kl_se"], "gold_reward_sft": base_row["gold_reward"],
-                "gold_reward_dpo": best["gold_reward"], "prompts": len(asked), "targets_met": bool(reached)}
+                "kl_on_policy_se": best["kl_se"], "gold_reward_baseline": base_row["gold_reward"],
+                "gold_reward": best["gold_reward"], "prompts": len(asked), "targets_met": bool(reached)}
     return {"headline": headline, "points": points}
 
 

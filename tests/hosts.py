@@ -13,6 +13,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 280.0
+CONFIG = """
+from alignax import configs
+
+def get_config(arg=""):
+    config = configs.base(tokenizer="builtin:stories", stages=("sft",))
+    config.model = configs.model_section(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
+                                         num_kv_heads=1, head_dim=8, max_positions=128)
+    config.sft = configs.train_stage("sft", steps={steps}, batch_size=8, log_every=1, checkpoint_every=10,
+                                     eval_every=1000, data=dict(max_records=64, eval_records=8))
+    return config
+"""
 
 
 def free_port() -> int:

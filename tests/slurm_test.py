@@ -19,17 +19,6 @@ from alignax.launching import slurm
 
 pytestmark = pytest.mark.slow
 
-CONFIG = """
-from alignax import configs
-
-def get_config(arg=""):
-    config = configs.base(tokenizer="builtin:stories", stages=("sft",))
-    config.model = configs.model_section(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
-                                         num_kv_heads=1, head_dim=8, max_positions=128)
-    config.sft = configs.train_stage("sft", steps={steps}, batch_size=8, log_every=1, checkpoint_every=10,
-                                     eval_every=1000, data=dict(max_records=64, eval_records=8))
-    return config
-"""
 LIMIT = 150
 
 
@@ -64,7 +53,7 @@ def fingerprint(workdir: Path) -> str:
 
 
 def test_a_run_that_is_told_to_stop_and_one_that_is_killed_end_as_if_undisturbed(cluster, tmp_path, capfd):
-    (tmp_path / "config.py").write_text(CONFIG.format(steps=70))
+    (tmp_path / "config.py").write_text(hosts.CONFIG.format(steps=70))
 
     def launch(name: str, expected: int = 0) -> tuple[Path, str]:
         workdir = tmp_path / name
@@ -103,7 +92,7 @@ def test_a_run_that_is_told_to_stop_and_one_that_is_killed_end_as_if_undisturbed
 
 
 def test_a_notice_before_the_time_limit_queues_a_run_again_and_a_cancelled_one_stays_cancelled(cluster, tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG.format(steps=40000))
+    (tmp_path / "config.py").write_text(hosts.CONFIG.format(steps=40000))
     workdir = tmp_path / "out"
     assert cli.main(["launch", "--backend=slurm", "--config", str(tmp_path / "config.py"), "--workdir",
                      str(workdir)]) == 0
@@ -121,7 +110,7 @@ def test_a_notice_before_the_time_limit_queues_a_run_again_and_a_cancelled_one_s
 
 
 def test_a_sweep_is_an_array(cluster, tmp_path, capfd):
-    (tmp_path / "config.py").write_text(CONFIG.format(steps=4))
+    (tmp_path / "config.py").write_text(hosts.CONFIG.format(steps=4))
     out = tmp_path / "out"
     command = ["sweep", "--backend=slurm", "--config", str(tmp_path / "config.py"), "--workdir", str(out),
                "--sweep", "sft.optim.learning_rate=0.001,0.01", "--option", "minutes=10"]
@@ -138,7 +127,7 @@ def test_a_sweep_is_an_array(cluster, tmp_path, capfd):
 
 
 def test_a_member_that_fails_is_told_with_its_reason(cluster, tmp_path, capfd):
-    (tmp_path / "config.py").write_text(CONFIG.format(steps=4).replace("max_records=64", 'path="nowhere.jsonl"'))
+    (tmp_path / "config.py").write_text(hosts.CONFIG.format(steps=4).replace("max_records=64", 'path="nowhere.jsonl"'))
     code = cli.main(["sweep", "--backend=slurm", "--config", str(tmp_path / "config.py"), "--workdir",
                      str(tmp_path / "out"), "--sweep", "seed=1"])
     said = capfd.readouterr().out

@@ -17,23 +17,12 @@ import hosts  # noqa: E402  (support beside the other tests)
 
 pytestmark = pytest.mark.slow
 
-CONFIG = """
-from alignax import configs
-
-def get_config(arg=""):
-    config = configs.base(tokenizer="builtin:stories", stages=("sft",))
-    config.model = configs.model_section(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2,
-                                         num_kv_heads=1, head_dim=8, max_positions=128)
-    config.sft = configs.train_stage("sft", steps=120, batch_size=8, log_every=1, checkpoint_every=10, eval_every=1000,
-                                     data=dict(max_records=64, eval_records=8))
-    return config
-"""
 MINUTE = 60
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "config.py").write_text(hosts.CONFIG.format(steps=120))
     return tmp_path
 
 
@@ -104,7 +93,7 @@ def test_hosts_with_other_settings_or_files_end_together(folder):
     assert all("the config: process 1 has" in text for _, text in ends)
     assert not workdir.exists()
 
-    (folder / "half.py").write_text(CONFIG.replace("    config =", '''
+    (folder / "half.py").write_text(hosts.CONFIG.format(steps=120).replace("    config =", '''
     import os
     from alignax.types import ConfigError
     if os.environ["ALIGNAX_PROCESS_ID"] == "1":
