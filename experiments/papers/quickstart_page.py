@@ -212,7 +212,7 @@ class Report:
     def _frontier(self, axes: Any, names: Sequence[str], title: str) -> None:
         levels = np.concatenate([[0.0], np.linspace(0.25, LEVELS[-1], 40)])
         start = float(np.mean([c.means[1][..., 0].mean() for c in self.curves.values()]))
-        labels, tops = [], []
+        labels, drawn = [], [0.0]
         for number, (name, colour, line) in enumerate(zip(names, style.COLOURS, (*style.DASHES, "-"), strict=False)):
             at = [self.curves[name].reward(level) for level in levels[1:]]
             values = np.asarray([start, *(chosen(reward, pick(reward)).mean() for reward in at)])
@@ -223,13 +223,14 @@ class Report:
                 if np.isfinite(low) and np.isfinite(self.value(name, level)):
                     beside = level + 0.07 * (number - (len(names) - 1) / 2)  # so that intervals do not hide each other
                     axes.plot([beside, beside], [low, high], color=colour, linewidth=1.2)
+                    drawn += [low, high]
             labels.append((name, colour, float(values[known][-1])))
-            tops.append(np.nanmax(values))
+            drawn += values[known].tolist()
         kl, gold = np.asarray(self.best["kl"]), np.asarray(self.best["gold"]).mean(1)
         axes.plot(kl, gold, color=style.INK, linewidth=1.4, linestyle=":", marker=".", markersize=4)
         labels.append((f"best of n (to {self.best['n'][-1]})", style.INK, float(gold[-1])))
         axes.set_xlim(0, LEVELS[-1] * 1.03)
-        axes.set_ylim(min(start, 0) - 0.1, max(*tops, float(gold.max())) * 1.06 + 0.05)
+        axes.set_ylim(min(drawn) - 0.1, max(*drawn, float(gold.max())) * 1.06 + 0.05)
         axes.set_xlabel("KL(policy ‖ SFT model), nats per completion")
         axes.set_ylabel("gold reward")
         style.title(axes, title)
