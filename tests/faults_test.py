@@ -319,7 +319,11 @@ def test_peers_are_judged_by_signs_end_and_blame(tmp_path):
     presence.replace_json(tmp_path / "1.end", {"token": "t1", "code": 0, "message": "", "blames": False})
     assert supervise._stopped(peers.look()[1]) is None
     presence.replace_json(tmp_path / "1.end", {"token": "t1", "code": 69, "message": "process 2", "blames": True})
-    assert supervise._stopped(peers.look()[1])["index"] == 1
+    follower = supervise._stopped(peers.look()[1])
+    assert follower["index"] == 1
+    said = []
+    assert supervise._judge(-signal.SIGKILL, peers, follower, said.append) == (-9, "") and not said
+    assert supervise._judge(-signal.SIGABRT, peers, follower, said.append)[0] == supervise.EXIT_PEER and said
     beat(2, pid=2**22 + 1)  # no such process
     assert supervise._stopped(peers.look()[1])["index"] == 2  # the cause, not who blamed it
     beat(2, host="elsewhere")
