@@ -75,7 +75,7 @@ def draw_population(result: dict[str, Any], path: pathlib.Path) -> None:
         axes.set_xticks(members, [str(n) for n in members])
         axes.minorticks_off()
         axes.set(xlabel="members N", ylabel="ms per update of a member")
-        highest = max(row[label] for row in rows for label in row if label != "members" and row[label] is not None)
+        highest = max(row[label] for row in rows for label, _ in lines if row.get(label) is not None)
         if name == "toys":
             axes.set_yscale("log")
             axes.set_ylim(top=8 * highest)
