@@ -3,12 +3,15 @@
     python experiments/benchmarks/losses.py [--quick] [--losses simpo,kto]
 
 One small model and one set of records; every loss has a program of its own. A loss is timed in turns with DPO, update
-by update, and its ratio is the median over these pairs. Two kinds of losses: those that see log-probs, lengths and
-log-probs of the reference only, which should cost what DPO costs (or less, without a reference); and the others, whose
-declared passes say what to expect: `expected` counts a backward pass as two forward passes, and the completions that
-the loss takes. The ratio of FLOPs is the compiler's own count, which no other job on the machine disturbs.
+by update, and its ratio is the median over these pairs. Programs of equal cost differ by some percent on a shared
+machine (where their memory lies, what else runs): DPO compiled again and timed like a loss tells by how many.
 
-Cost: about 15 minutes on two idle cores, most of it compiling.
+Two kinds of losses: those that see log-probs, lengths and log-probs of the reference only, which should cost what DPO
+costs (or less, without a reference); and the others, whose declared passes say what to expect: `expected` counts a
+backward pass as two forward passes, and the completions that the loss takes. The ratio of FLOPs is the compiler's own
+count, which no other job on the machine disturbs.
+
+Cost: about 20 minutes on two idle cores, most of it compiling.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from rich.console import Console
 from alignax import data, losses, metrics, models, optim, step
 from alignax.types import REQUESTS, ConfigError, DataError, passes
 
+AGAIN = 6  # further programs of DPO
 GROUP = 12  # programs at a time: each maps much memory, and a process may map so much
 INPUTS = {"logps", "ref_logps", "lengths"}
 
@@ -36,7 +40,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     out = parser(__doc__, "losses", peers=False)
     out.add_argument("--losses", default="", help="comma-separated (default: every loss whose batch can be made)")
-    out.add_argument("--rounds", type=int, default=0, help="updates of each loss (default 16; 6 for the other kind)")
+    out.add_argument("--rounds", type=int, default=0, help="updates of each loss (default 48; 6 for the other kind)")
     out.add_argument("--pairs", type=int, default=4, help="prompts of an update (default 4)")
     out.add_argument("--length", type=int, default=128, help="tokens of prompt and completion together (default 128)")
     args = out.parse_args(argv)
@@ -48,8 +52,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 class Run:
     """One loss's compiled update, its batch and its state."""
 
-    def __init__(self, name: str, shape: Shape, params, pairs: int, half: int):
-        self.name, self.loss = name, losses.get(name)
+    def __init__(self, name: str, shape: Shape, params, pairs: int, half: int, label: str = ""):
+        self.name, self.loss = label or name, losses.get(name)
         self.completions = self.loss.info.completions or 2
         self.plain = set(self.loss.requests) <= INPUTS and self.completions == 2
         self.passes = passes(self.loss.requests)
@@ -115,24 +119,28 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
     params = models.init_params(shape.decoder(), jax.random.key(0))
     absent = {}
 
-    def made(name: str) -> Run | None:
+    def made(job: tuple[str, str]) -> Run | None:
+        name, label = job
         try:
-            return Run(name, shape, params, args.pairs, half)
+            return Run(name, shape, params, args.pairs, half, label)
         except (ConfigError, DataError) as error:
             absent[name] = " ".join(str(error).split())
             return None
 
     base, runs, times = Run("dpo", shape, params, args.pairs, half), [], {}
     base.seconds()
-    wanted = [name for name in wanted if name != "dpo"]
+    jobs = [(name, "") for name in wanted if name != "dpo"]
+    again = [f"dpo, again {i}" for i in range(1, AGAIN + 1)] if not args.losses else []
+    for number, label in enumerate(again):  # spread over the run: its slow moments show
+        jobs.insert(number * (len(wanted) // AGAIN) + number, ("dpo", label))
     with metrics.progress(console) as bar, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        task = bar.add_task("losses", total=len(wanted), numbers="")
-        for first in range(0, len(wanted), GROUP):
+        task = bar.add_task("losses", total=len(jobs), numbers="")
+        for first in range(0, len(jobs), GROUP):
             # A list: nothing compiles while another is timed.
-            for run in list(pool.map(made, wanted[first:first + GROUP])):
+            for run in list(pool.map(made, jobs[first:first + GROUP])):
                 if run is not None:
                     bar.update(task, description=run.name)
-                    times[run.name] = in_turns(run, base, args.rounds or (16 if run.plain else 6))
+                    times[run.name] = in_turns(run, base, args.rounds or (48 if run.plain else 6))
                     run.release()
                     runs.append(run)
                 bar.advance(task)
@@ -141,11 +149,16 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> dict:
     ratio = lambda run: [f"{found[run.name][1]:.3f}", "{:.3f}-{:.3f}".format(*found[run.name][::2]),
                          f"{run.flops / base.flops:.3f}"]
     tables = []
-    for kind, some in (("with a reference", [r for r in runs if r.plain and r.reference is not None]),
-                       ("without a reference", [r for r in runs if r.plain and r.reference is None])):
+    plain = [r for r in runs if r.plain and r.name not in again]
+    for kind, some in (("with a reference", [r for r in plain if r.reference is not None]),
+                       ("without a reference", [r for r in plain if r.reference is None])):
         rows = [[r.name, *ratio(r)] for r in sorted(some, key=lambda r: found[r.name][1])]
         tables += [dict(title=f"Losses of log-probs and lengths, {kind}: one update / DPO's",
                         columns=["loss", "time / DPO", "quartiles", "FLOPs / DPO"], rows=rows)] * bool(rows)
+    if again:
+        tables.append(dict(title="DPO compiled again: what equal programs come to",
+                           columns=["program", "time / DPO", "quartiles", "FLOPs / DPO"],
+                           rows=[[r.name, *ratio(r)] for r in runs if r.name in again]))
     others = [[r.name, *ratio(r), f"{r.expected:.2f}", r.completions, declared(r)]
               for r in sorted((r for r in runs if not r.plain), key=lambda r: r.expected)]
     if others:
