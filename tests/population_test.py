@@ -84,6 +84,37 @@ def test_a_fixed_batch_folds_the_number_of_the_update_into_the_keys():
     assert float(whole.state[1]) == pytest.approx(float(state), rel=1e-6)
 
 
+def stumble(state, ref, batch, hyper, key, frozen):
+    """A walk that is not finite at the update of its number `at`."""
+    new, metrics = walk(state["place"], ref, batch, hyper, key, frozen)
+    failed = state["number"] + 1 == hyper["at"]
+    return {"place": new, "number": state["number"] + 1}, metrics | {"finite": ~failed, "number": state["number"]}
+
+
+@pytest.mark.parametrize("length", [None, 7])
+@pytest.mark.parametrize("check_every", [2, 3, 7, 9])
+def test_members_that_are_checked_now_and_then_end_where_those_checked_always_do(length, check_every):
+    """One falls in the middle of a stretch, one at its first update, one is not trained, two are well."""
+    hyper = {"rate": jnp.asarray([0.1, 0.2, 0.3, 0.4, 0.5]), "at": jnp.asarray([0, 4, 1, 0, 0])}
+    keys = jax.random.split(jax.random.key(2), (7, 5) if length is None else 5)
+    batches = jnp.arange(14.0).reshape(7, 2) if length is None else jnp.arange(2.0)
+
+    def ends(every):
+        begun = population.start({"place": jnp.zeros(5), "number": jnp.zeros(5, jnp.int32)})
+        run = population.make_steps(stumble, length=length, check_every=every)
+        return run(population.deactivate(begun, [3]), None, batches, hyper, keys)
+
+    (always, seen), (stretches, found) = ends(1), ends(check_every)
+    assert always.active.tolist() == [True, False, False, False, True] and always.diverged.tolist() == [0, 4, 1, 0, 0]
+    assert always.updates.tolist() == [7, 3, 0, 0, 7]
+    plain = lambda one: jax.tree.map(np.ndarray.tolist, jax.device_get(one))
+    assert plain(stretches) == plain(always)
+    assert all(np.array_equal(a[:, [0, 4]], b[:, [0, 4]])
+               for a, b in ((seen["distance"][0], found["distance"][0]), (seen["number"], found["number"])))
+    with pytest.raises(ConfigError, match="check_every=0; allowed: 1 or more"):
+        population.make_steps(stumble, check_every=0)
+
+
 MESHED = """
 import jax, jax.numpy as jnp
 from alignax import population
@@ -92,12 +123,12 @@ jax.config.update("jax_num_cpu_devices", 2)
 from population_test import BATCHES, RATES, keys_of, walk
 mesh = population.make_mesh()
 out = []
-for where in (None, mesh):
-    run = population.make_steps(walk, mesh=where)
+for where, every in ((None, 1), (mesh, 1), (mesh, 2)):
+    run = population.make_steps(walk, mesh=where, check_every=every)
     begun = population.start(jnp.zeros(4), mesh=where)
     after, found = run(begun, None, BATCHES, {"rate": RATES}, keys_of(4))
     out.append([after.state.tolist(), after.diverged.tolist(), found["distance"][0].tolist()])
-assert str(out[0]) == str(out[1]), out
+assert str(out[0]) == str(out[1]) and str(out[0][:2]) == str(out[2][:2]), out
 assert population.filled(5, mesh).tolist() == [0, 1, 2, 3, 4, 4] and len(after.state.sharding.device_set) == 2
 """
 

@@ -34,6 +34,7 @@ PAIRS, TOKENS, PROMPT = 64, 48, 8
 MODEL = dict(vocab_size=256, hidden_size=96, intermediate_size=192, num_layers=2, num_heads=4, num_kv_heads=2,
              head_dim=24, max_positions=128)
 BETA, RATE = 0.1, 1e-3
+CHECK_EVERY = 20  # updates of toys, whose states cost what their arithmetic does
 
 
 class Case(NamedTuple):
@@ -163,7 +164,8 @@ def jax_runs(case: Case, counts: Sequence[int], length: int) -> dict[tuple[int, 
         for label, where in (("one device", None), ("all devices", mesh)):
             if where is not None and count % where.size or (label == "all devices" and mesh is None):
                 continue
-            run = population.make_steps(update, length=None if each else length, mesh=where)
+            run = population.make_steps(update, length=None if each else length, mesh=where,
+                                        check_every=1 if each else CHECK_EVERY)
             spread = lambda tree, n=count: jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *jnp.shape(a))), tree)
             seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) if each else batch
             keys = jax.random.split(key, (length, count) if each else count)
