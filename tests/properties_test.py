@@ -145,10 +145,11 @@ def any_records(draw):
         completions = tuple((draw(turn("assistant")), *draw(st.lists(turn("user"), max_size=1))) for _ in range(count))
     else:
         prompt, completions = draw(ANY), tuple(draw(ANY.filter(bool)) for _ in range(count))
-    scores = tuple(sorted((draw(st.floats(-9, 9)) for _ in range(count)), reverse=True)) or None
-    labels = tuple(draw(st.sampled_from([0.0, 1.0])) for _ in range(count)) or None
-    return Record(draw(ANY.filter(bool)), prompt, completions, draw(st.sampled_from([None, scores])),
-                  draw(st.sampled_from([None, labels])), draw(st.none() | st.floats(-9, 9)),
+    scores = draw(st.sampled_from([None, tuple(sorted((draw(st.floats(-9, 9)) for _ in completions), reverse=True))]))
+    labels = [draw(st.sampled_from([0.0, 1.0])) for _ in completions]
+    labels = draw(st.sampled_from([None, tuple(labels if scores else sorted(labels, reverse=True))]))
+    return Record(draw(ANY.filter(bool)), prompt, completions, scores or None, labels or None,
+                  draw(st.none() | st.floats(-9, 9)),
                   tools=draw(st.sampled_from([None, ({"name": "f"},)])),
                   extra=draw(st.dictionaries(st.text(string.ascii_uppercase, max_size=3), JSON, max_size=2)))
 
