@@ -73,20 +73,23 @@ def test_the_stage_is_opened_with_both_ends(stage):
     assert seen == [[*range(8)], [8, *range(7)]]  # the last batch is filled up
 
 
-def test_of_more_completions_the_first_two_are_the_pair(run, stage, monkeypatch):
-    """Whatever else a list holds is cut off with its scores, its labels and its columns."""
-    whole = of_run.examine.pair_records
+def test_of_a_list_the_best_and_the_next_worse_are_the_pair(run, stage, monkeypatch):
+    """Whatever else a list holds is cut off with its scores, its labels and its columns; what prefers nothing is left
+    out."""
+    whole = of_run.examine.stage_setup.records_of
 
     def longer(*args):
-        records, init = whole(*args)
-        return [dataclasses.replace(r, completions=(*r.completions, r.completions[0]), scores=(2.0, 1.0, 0.0),
-                                    completion_ended=(*r.completion_ended, True)) for r in records], init
+        records, *rest = whole(*args)
+        lists = [dataclasses.replace(r, completions=(r.completions[1], r.completions[0], r.completions[1]), scores=None,
+                                     labels=(0.0, 1.0, float(r.id == "p1")), completion_ended=(True, True, False))
+                 for r in records]
+        ties = [dataclasses.replace(r, scores=(1.0, 1.0), prompt=r.prompt[:-1]) for r in records]
+        return [*lists, *ties], *rest
 
-    monkeypatch.setattr(of_run.examine, "pair_records", longer)
+    monkeypatch.setattr(of_run.examine.stage_setup, "records_of", longer)
     opened = of_run.open_stage(run, "method", prompts=3)
     assert [r.id for r in opened.records] == ["p0", "p4", "p8"]
-    assert all(len(r.completions) == len(r.completion_ended) == len(r.scores) == 2 for r in opened.records)
-    assert all(r.scores == (2.0, 1.0) for r in opened.records)
+    assert all(r.labels == (1.0, 0.0) and r.completion_ended == (True, True) for r in opened.records)
     assert next(opened.batches())[1].streams["pair"].targets.shape[:2] == (3, 2)
     for mine, whole_one in zip(opened.records, stage.records[::4], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(mine.completions, whole_one.completions, strict=True))
