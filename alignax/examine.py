@@ -67,7 +67,7 @@ def stage(ctx: context.Context, config: ConfigDict, name: str, *, prompts: int, 
     from the parameters that the stage began with. Returns change (side -> log-ratios [n] to the start in nats, sides
     chosen, rejected, fresh, greedy), baseline [n] (-KL(start||end) on the fresh samples, exact at each of their
     prefixes), lengths, probabilities of the greedy completion, entropy, ches, agreement, and slopes where the loss is
-    a function of the pair's log-probs. Raises DataError where no record states a preference.
+    a function of the pair's log-probs. Raises DataError where no record has two completions.
     """
     section = config[name].to_dict()
     records, init = pair_records(ctx, config, name, section)
@@ -106,18 +106,18 @@ def stage(ctx: context.Context, config: ConfigDict, name: str, *, prompts: int, 
 
 
 def pair_records(ctx: context.Context, config: ConfigDict, name: str, section: Mapping[str, Any]) -> tuple[list, str]:
-    """The stage's training records as pairs, the better completion first (scoring.as_pair), and the stage that it
-    starts from. Records that state no preference are left out."""
+    """The stage's training records as pairs, chosen first, and the stage that it starts from. Training reads the order
+    of completions, whatever their scores say (labels may be drawn), so that these are the first two."""
     before = "model"
     for other in config.stages[:config.stages.index(name)]:
         before = other if config[other].kind == "train" else before
     init = before if section["init"] == "previous" else section["init"]
     quiet = dataclasses.replace(ctx, console=Console(quiet=True))  # what a run says of its records, it has said
-    pairs = [scoring.as_pair(r) for r in stage_setup.records_of(quiet, name, section)[0]]
-    if not any(pairs):
-        raise DataError(f"config.{name}.data: no record prefers one completion to another; a report compares chosen "
-                        "and rejected")
-    return [r for r in pairs if r is not None], init
+    records = stage_setup.records_of(quiet, name, section)[0]
+    pairs = [scoring.only(r, (0, 1)) for r in records if len(r.completions) >= 2]
+    if not pairs:
+        raise DataError(f"config.{name}.data: no record has two completions; a report compares chosen and rejected")
+    return pairs, init
 
 
 def spread(records: Sequence[data.TokenRecord], count: int, name: str) -> list[data.TokenRecord]:

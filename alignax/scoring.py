@@ -111,7 +111,11 @@ def as_pair(record: data.TokenRecord) -> data.TokenRecord | None:
     worse = [k for k in range(count) if rank[k] < rank[best]]
     if not worse:
         return None
-    keep = best, max(worse, key=rank.__getitem__)
+    return only(record, (best, max(worse, key=rank.__getitem__)))
+
+
+def only(record: data.TokenRecord, keep: Sequence[int]) -> data.TokenRecord:
+    """The record with the completions `keep`, in that order, and all that it says of them."""
     of = lambda values: None if values is None else tuple(values[k] for k in keep)
     return dataclasses.replace(
         record, completions=of(record.completions), completion_ended=of(record.completion_ended),

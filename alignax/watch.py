@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignax import data, distributed, models, optim, sample, scoring, sharding, step
+from alignax import data, distributed, models, optim, sample, sharding, step
 from alignax.diagnostics import agreement, attribution, ches, entanglement, lens, live, noise, profile, squeezing
 from alignax.ops.reductions import reduce_terms
 from alignax.stage_setup import Setup
@@ -50,7 +50,7 @@ def make_probe(setup: Setup) -> Probe:
     if not index:
         raise DataError(f"config.{setup.name}.diagnostics: {len(seen)} prompts have two completions; allowed: at least "
                         f"as many as devices along data and fsdp, {ways}")
-    records = [scoring.as_pair(setup.train[i]) or setup.train[i] for i in index]
+    records = [setup.train[i] for i in index]
     unseen = _kept_out(setup)
     prompts = [(r.id, r.prompt) for r in records]
     room = min(ctx.spec.config.max_positions - max(len(r.prompt) for r in records), max(r.longest for r in records))

@@ -73,23 +73,22 @@ def test_the_stage_is_opened_with_both_ends(stage):
     assert seen == [[*range(8)], [8, *range(7)]]  # the last batch is filled up
 
 
-def test_of_a_list_the_best_and_the_next_worse_are_the_pair(run, stage, monkeypatch):
-    """Whatever else a list holds is cut off with its scores, its labels and its columns; what prefers nothing is left
-    out."""
+def test_of_a_list_the_first_two_are_the_pair(run, stage, monkeypatch):
+    """Whatever else a list holds is cut off with its scores, its labels and its columns. Scores may contradict the
+    order, where labels were drawn: training goes by the order."""
     whole = of_run.examine.stage_setup.records_of
 
     def longer(*args):
         records, *rest = whole(*args)
-        lists = [dataclasses.replace(r, completions=(r.completions[1], r.completions[0], r.completions[1]), scores=None,
-                                     labels=(0.0, 1.0, float(r.id == "p1")), completion_ended=(True, True, False))
-                 for r in records]
-        ties = [dataclasses.replace(r, scores=(1.0, 1.0), prompt=r.prompt[:-1]) for r in records]
-        return [*lists, *ties], *rest
+        return [dataclasses.replace(r, completions=(*r.completions, r.completions[0]), scores=(1.0, 2.0, 0.0),
+                                    labels=(1.0, 0.0, 1.0), completion_ended=(*r.completion_ended, True))
+                for r in records], *rest
 
     monkeypatch.setattr(of_run.examine.stage_setup, "records_of", longer)
     opened = of_run.open_stage(run, "method", prompts=3)
     assert [r.id for r in opened.records] == ["p0", "p4", "p8"]
-    assert all(r.labels == (1.0, 0.0) and r.completion_ended == (True, True) for r in opened.records)
+    assert all(r.scores == (1.0, 2.0) and r.labels == (1.0, 0.0) and len(r.completion_ended) == 2
+               for r in opened.records)
     assert next(opened.batches())[1].streams["pair"].targets.shape[:2] == (3, 2)
     for mine, whole_one in zip(opened.records, stage.records[::4], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(mine.completions, whole_one.completions, strict=True))

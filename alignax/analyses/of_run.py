@@ -31,7 +31,7 @@ class Result(NamedTuple):
 class Stage(NamedTuple):
     """A finished preference stage. before, after: parameters {"model": ...} that it began with (those of the stage
     `init`) and ended with, adapters merged. stages: the run's finished train stages, in order. records: pairs of
-    different prompts, spread evenly over its training data, the better completion first."""
+    different prompts, spread evenly over its training data, chosen first."""
 
     ctx: context.Context
     name: str
@@ -69,8 +69,8 @@ class Stage(NamedTuple):
 def open_stage(folder: pathlib.Path, stage: str, *, prompts: int) -> Stage:
     """The preference stage of a run's folder: the one named, else the last finished one, with up to `prompts` pairs.
 
-    Raises ConfigError where the folder holds no run or no such stage, DataError where no record states a
-    preference.
+    Raises ConfigError where the folder holds no run or no such stage, DataError where no record has two
+    completions.
     """
     ctx, config = examine.open_run(folder, Console(quiet=True))
     name = examine.choose(folder, config, stage)[-1]
