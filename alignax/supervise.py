@@ -126,8 +126,8 @@ def _stopped(others: list[dict]) -> dict | None:
 
 def _judge(code: int, peers: presence.Peers, stopped: dict | None, say) -> tuple[int, str]:
     """The worker has ended: by its own fault, or because a peer left it in the lurch?"""
-    if code in (0, 2, 3, RESUMABLE, 71, 74) or code < 0 and code != -signal.SIGABRT:
-        return code, ""  # also what a signal ended, such as the kernel's when memory runs out: no peer sends one
+    if code in (0, 2, 3, RESUMABLE, 71, 74, -signal.SIGKILL):
+        return code, ""  # killed from outside, as by the kernel when memory runs out: no peer's end does that
     # An abort or a broken collective: whoever caused it may be known only after some silence.
     deadline = time.monotonic() + (patience() + 2 if code in (EXIT_PEER, -signal.SIGABRT) else 2)
     while stopped is None and time.monotonic() < deadline:
