@@ -26,7 +26,7 @@ REPEATED = (2, 3)  # what the same command would give again
 RESTARTED = (supervise.EXIT_PEER, supervise.RESUMABLE)
 FILE = "{manifest}"  # in a command: the path of the written manifest
 INSTALL = {
-    "xpk": "pip install xpk (and Google Cloud's SDK)",
+    "xpk": "pip install 'xpk>=1.16' (and Google Cloud's SDK)",
     "kubectl": "see https://kubernetes.io/docs/tasks/tools/",
     "gcloud": "see https://cloud.google.com/sdk/docs/install",
     "sky": "pip install 'skypilot[gcp]', or the extra of another cloud",
